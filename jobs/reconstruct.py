@@ -1,0 +1,69 @@
+"""tokenmill reconstruct: what a clip's tokens look like, beside its source."""
+
+import numpy as np
+import torch
+
+from ..pipeline.cache import TokenCache, open_cache
+from ..pipeline.decode import VideoDecoder
+from ..pipeline.metrics import psnr
+from ..pipeline.render import side_by_side, write_sheet, write_video
+from ..pipeline.shard import decode_clips
+from ..pipeline.storage import storage_errors
+from ..schemas.clip import Clip, ClipFailure, Video
+from ..schemas.errors import CacheError, DecodeError
+from ..schemas.shard import CLIPS
+from .build import build_encoder, recipe_of
+
+
+def reconstruct_clip(cache: str, clip_id: str, output: str, product: str | None, png: str | None) -> None:
+    """Write a clip's source and reconstruction side by side to `output`, and a contact sheet to `png`."""
+    opened = open_cache(cache)
+    full_id = opened.clip_id(clip_id)
+    name = choose_product(opened, product)
+    decoded_THWC = decode_tokens(opened, name, full_id)
+    clip, source_THWC = source_of(opened, full_id)
+    num_valid = clip.num_valid
+    source_THWC, decoded_THWC = source_THWC[:num_valid], decoded_THWC[:num_valid]
+    with storage_errors(output):
+        write_video(output, side_by_side(source_THWC, decoded_THWC), num_valid / (clip.end_s - clip.start_s))
+    print(f"{output}: {num_valid} frames of {clip.video.uri} from {clip.start_s:.3f} s, source left, {name} right")
+    if png:
+        with storage_errors(png):
+            write_sheet(png, source_THWC, decoded_THWC)
+        print(f"{png}: source above, {name} below")
+    print(f"PSNR {psnr(source_THWC, decoded_THWC):.2f} dB")
+
+
+def choose_product(cache: TokenCache, wanted: str | None) -> str:
+    """The product asked for, or the only one; CacheError where there are several."""
+    if wanted:
+        return cache.product(wanted)
+    products = [product for product in cache.info.products if product != CLIPS]
+    if len(products) != 1:
+        raise CacheError(f"{cache.folder.url}: give --product, one of {', '.join(products)}")
+    return products[0]
+
+
+def decode_tokens(cache: TokenCache, product: str, clip_id: str) -> np.ndarray:
+    """Frames (T,H,W,3) uint8 from a clip's tokens alone."""
+    encoder = build_encoder(recipe_of(cache.info), product.removeprefix("tokens/"))
+    with torch.inference_mode():
+        return encoder.tokenizer.decode(cache.read(product, [clip_id]))[0].cpu().numpy()
+
+
+def source_of(cache: TokenCache, clip_id: str) -> tuple[Clip, np.ndarray]:
+    """The clip and its frames (T,H,W,3) uint8, decoded from the source again."""
+    (row,) = cache.clips(f"clip_id = '{clip_id}'").to_pylist()
+    video = Video(uri=row["uri"], size_bytes=-1, digest=row["video_id"])
+    clip = Clip(
+        clip_id=clip_id,
+        video=video,
+        start_s=row["start_s"],
+        end_s=row["end_s"],
+        frame_pts_s=tuple(row["frame_pts_s"]),
+    )
+    recipe = recipe_of(cache.info)
+    (result,) = decode_clips([clip], VideoDecoder(recipe.clips.sampling, recipe.decode.decoder))
+    if isinstance(result, ClipFailure):
+        raise DecodeError(f"{video.uri}: the source cannot be read again: {result.reason}")
+    return clip, result.frames_THWC

@@ -1,0 +1,68 @@
+"""tokenmill sql: ask a cache."""
+
+import sys
+import tempfile
+
+import duckdb
+import pyarrow as pa
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..pipeline.cache import open_cache
+from ..pipeline.storage import storage_errors
+from ..schemas.errors import TokenmillError
+
+
+def print_answer(cache: str, query: str, format: str, output: str | None, max_rows: int) -> None:
+    """Print the answer of one query as `format` (table, csv, json, parquet), or write it to the file `output`."""
+    if format == "parquet" and output is None and sys.stdout.isatty():
+        raise TokenmillError("--format parquet writes bytes: give --output FILE, or redirect the output")
+    answer = open_cache(cache).sql(query)
+    if format == "table" and output is None:
+        _print_table(answer, max_rows)
+        return
+    data = _encoded(answer, "csv" if format == "table" else format)
+    if output is None:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    else:
+        with storage_errors(output), open(output, "wb") as stream:
+            stream.write(data)
+
+
+def _encoded(answer: pa.Table, format: str) -> bytes:
+    """The answer as CSV, JSON lines or Parquet; DuckDB writes nested values as each format can."""
+
+    options = {
+        "csv": "format csv, header",
+        "json": "format json",
+        "parquet": "format parquet, compression zstd",
+    }
+    with tempfile.NamedTemporaryFile(suffix=f".{format}") as file, duckdb.connect() as connection:
+        connection.register("answer", answer)
+        connection.execute(f"copy answer to '{file.name}' ({options[format]})")
+        with open(file.name, "rb") as written:
+            return written.read()
+
+
+def _print_table(answer: pa.Table, max_rows: int) -> None:
+
+    table = Table()
+    for field in answer.schema:
+        number = str(field.type).startswith(("int", "uint", "float", "double", "decimal"))
+        table.add_column(field.name, justify="right" if number else "left", overflow="fold")
+    for row in answer.slice(0, max_rows).to_pylist():
+        table.add_row(*(escape(_cell(value)) for value in row.values()))
+    console = Console()
+    console.print(table)
+    shown = f", the first {max_rows} shown" if answer.num_rows > max_rows else ""
+    console.print(f"{answer.num_rows} rows{shown}", highlight=False)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list) and len(value) > 8:
+        return f"[{', '.join(map(str, value[:8]))}, … {len(value)} in all]"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "" if value is None else str(value)

@@ -1,0 +1,133 @@
+"""tokenmill status: what a cache holds, what failed, and how fast it was made."""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+
+from ..pipeline.cache import open_cache
+
+SHOWN_FAILURES = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductStatus:
+    """One product's account: planned = committed + failed once the job is complete."""
+
+    product: str
+    tokenizer: str | None
+    planned: int
+    committed: int
+    failed: int
+    num_files: int
+    size_bytes: int
+    clips_per_worker_s: float
+
+    @property
+    def missing(self) -> int:
+        """Clips that are neither committed nor named as failed."""
+        return self.planned - self.committed - self.failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """The account of a whole cache."""
+
+    cache: str
+    videos: dict[str, int]
+    num_dropped_frames: int
+    num_shards: int
+    products: list[ProductStatus]
+    failures: list[tuple[str, str, int]]
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete, 1 clips are missing, 3 complete but some clips or videos failed."""
+        if any(product.missing for product in self.products):
+            return 1
+        return 3 if self.failures else 0
+
+    def values(self) -> dict[str, Any]:
+        """The account as plain values."""
+        return {**asdict(self), "exit_code": self.exit_code}
+
+
+def read_status(uri: str) -> Status:
+    """The account of the cache at `uri`, from its index."""
+    cache = open_cache(uri)
+    videos = cache.sql("select status, count(*) as n, sum(num_dropped_frames) as dropped from videos group by status")
+    products = cache.sql("""
+        with planned as (select sum(num_clips) as n, count(*) as shards from plan_shards),
+             sizes as (select product, count(*) as num_files, sum(size_bytes) as size_bytes from files group by 1),
+             done as (select product, sum(num_clips) as committed, sum(num_failures) as failed,
+                             sum(decode_s + tokenize_s + write_s) as busy_s from shards group by 1)
+        select p.product, p.tokenizer, coalesce(planned.n, 0)::bigint as planned,
+               coalesce(committed, 0)::bigint as committed, coalesce(failed, 0)::bigint as failed,
+               coalesce(num_files, 0) as num_files, coalesce(size_bytes, 0)::bigint as size_bytes,
+               coalesce(committed / nullif(busy_s, 0), 0)::double as clips_per_worker_s
+        from products p left join done using (product) left join sizes using (product), planned
+        order by p.product""")
+    failures = cache.sql("""
+        select step, reason, count(distinct coalesce(clip_id, video_id)) as n from failures
+        group by 1, 2 order by n desc, step, reason""")
+    return Status(
+        cache=cache.folder.url,
+        videos=dict(zip(videos["status"].to_pylist(), videos["n"].to_pylist(), strict=True)),
+        num_dropped_frames=int(sum(videos["dropped"].to_pylist())),
+        num_shards=cache.sql("select count(*) as n from plan_shards")["n"][0].as_py(),
+        products=[ProductStatus(**row) for row in products.to_pylist()],
+        failures=[(row["step"], row["reason"], row["n"]) for row in failures.to_pylist()],
+    )
+
+
+def show_status(status: Status, *, log_json: bool) -> None:
+    """Print the account as tables, or as one JSON line."""
+    if log_json:
+        print(json.dumps({"event": "status", **status.values()}), flush=True)
+        return
+    console = Console()
+    found = ", ".join(f"{n} {what}" for what, n in sorted(status.videos.items(), key=lambda item: -item[1]))
+    dropped = f"; {status.num_dropped_frames} frames dropped at the ends" if status.num_dropped_frames else ""
+    console.print(f"\n{status.cache}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"videos: {found or 'none'}{dropped}; {status.num_shards} shards", highlight=False)
+    console.print(_product_table(status))
+    for product in status.products:
+        if product.missing:
+            console.print(
+                f"{product.product}: {product.missing} clips are not made yet: run the recipe again to resume"
+            )
+    if status.failures:
+        console.print(_failure_table(status))
+    if len(status.failures) > SHOWN_FAILURES:
+        console.print(
+            f'… and {len(status.failures) - SHOWN_FAILURES} more reasons: tokenmill sql CACHE "from failures"'
+        )
+
+
+def _product_table(status: Status) -> Table:
+    table = Table("product", "tokenizer")
+    for column in ("planned", "committed", "failed", "files", "size", "clips/s per worker"):
+        table.add_column(column, justify="right")
+    for product in status.products:
+        table.add_row(
+            product.product,
+            product.tokenizer or "",
+            f"{product.planned:,}",
+            f"{product.committed:,}",
+            f"{product.failed:,}",
+            f"{product.num_files:,}",
+            decimal(product.size_bytes),
+            f"{product.clips_per_worker_s:,.1f}",
+        )
+    return table
+
+
+def _failure_table(status: Status) -> Table:
+    table = Table("step", "failed", "reason", title="failures", title_justify="left")
+    for step, reason, number in status.failures[:SHOWN_FAILURES]:
+        table.add_row(step, str(number), escape(reason))
+    return table

@@ -1,0 +1,98 @@
+"""tokenmill verify: is what the manifests say really there, and would it be made again the same?"""
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from ..pipeline.cache import TokenCache, open_cache
+from ..pipeline.manifests import read_manifests
+from ..pipeline.storage import Folder
+from ..schemas.clip import ClipFrames
+from ..schemas.digest import digest_of_stream
+from ..schemas.errors import StorageError, TokenmillError
+from ..schemas.shard import FileEntry
+from .build import build_worker, recipe_of
+from .reconstruct import source_of
+from .status import Status, read_status
+
+
+def verify_cache(cache: str, sample: int) -> list[str]:
+    """Check every file, the account, and `sample` clips made again; prints what was found, returns the problems."""
+    opened = open_cache(cache)
+    status = read_status(cache)
+    problems = [*damaged_files(opened), *missing_clips(status)]
+    num_files = sum(product.num_files for product in status.products)
+    print(f"files: {num_files} checked against their SHA-256 and row counts, {len(problems)} problems")
+    if sample:
+        if problems:
+            print("the sample was not made again: mend the files first")
+        else:
+            num_same, differences = remade_sample(opened, sample)
+            print(f"sample: {num_same} clips made again from their sources are the same, {len(differences)} differ")
+            problems += differences
+    for problem in problems:
+        print(f"problem: {problem}")
+    return problems
+
+
+def damaged_files(cache: TokenCache) -> Iterator[str]:
+    """One line for every file that is absent or not what its manifest says."""
+
+    versions = {product: info.fingerprint for product, info in cache.info.products.items()}
+    for manifest in read_manifests(cache.folder, versions):
+        for file in manifest.files:
+            problem = _check_file(cache.folder, file)
+            if problem:
+                yield (f"{file.name}: {problem}; to make it again, delete it and {manifest.name}, and run the recipe")
+
+
+def _check_file(folder: Folder, file: FileEntry) -> str | None:
+
+    try:
+        with folder.open(file.name) as stream:
+            sha256, size_bytes = digest_of_stream(stream)
+            if sha256 != file.sha256:
+                return f"SHA-256 {sha256[:12]} of {size_bytes} bytes, committed {file.sha256[:12]} of {file.size_bytes}"
+            stream.seek(0)
+            num_rows = pq.read_metadata(stream).num_rows
+    except (StorageError, pa.ArrowException) as error:
+        return str(error)
+    return None if num_rows == file.num_rows else f"{num_rows} rows, committed {file.num_rows}"
+
+
+def missing_clips(status: Status) -> Iterator[str]:
+    """One line for every product whose account does not close."""
+    for product in status.products:
+        if product.missing:
+            yield (
+                f"{product.product}: planned {product.planned}, committed {product.committed}, failed {product.failed}:"
+                f" {product.missing} clips are missing; run the recipe again"
+            )
+
+
+def remade_sample(cache: TokenCache, sample: int) -> tuple[int, list[str]]:
+    """How many of the sampled clips came out the same for every product, and a line for each that did not."""
+
+    worker = build_worker(recipe_of(cache.info), cache.folder.url)
+    outdated = [p for p, info in cache.info.products.items() if worker.fingerprints[p] != info.fingerprint]
+    if outdated:
+        return 0, [f"{p}: made by another version of its tokenizer, weights or decoder than is here" for p in outdated]
+    # The order of clip ids is the order of digests, so the first ones are a fair sample.
+    clip_ids = cache.sql("select clip_id from clips order by clip_id limit ?", [sample])["clip_id"].to_pylist()
+    num_same, differences = 0, []
+    for clip_id in clip_ids:
+        try:
+            clip, frames_THWC = source_of(cache, clip_id)
+        except TokenmillError as error:
+            differences.append(f"clip {clip_id}: {error}")
+            continue
+        one = ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, decoder="")
+        compared = {p: (cache.read(p, [clip_id]), encoder.encode([one])) for p, encoder in worker.encoders.items()}
+        different = {
+            p: int((stored != made).sum()) for p, (stored, made) in compared.items() if not torch.equal(stored, made)
+        }
+        num_same += not different
+        differences += [f"clip {clip_id}: {n} values of {p} differ" for p, n in different.items()]
+    return num_same, differences

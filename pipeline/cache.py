@@ -1,0 +1,175 @@
+"""Reading a cache: SQL over everything, tokens by clip."""
+
+import mmap
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ..schemas.cache_info import CACHE_INFO, CacheInfo
+from ..schemas.errors import CacheError, did_you_mean
+from ..schemas.shard import CLIPS, tokens_product
+from .index import connect, ensure_index, file_uris
+from .storage import Folder, storage_errors
+from .token_file import TokenFile, TokenLayout, from_planes
+from .views import create_views
+
+OPEN_FILES = 64
+
+
+def open_cache(uri: str) -> "TokenCache":
+    """The token cache at a local path or fsspec URL; CacheError where there is none."""
+    return TokenCache(Folder(uri))
+
+
+class TokenCache:
+    """One cache, for reading. Sees what was committed when it was opened."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        if not folder.exists(CACHE_INFO):
+            raise CacheError(
+                f"{folder.url}: no token cache there (no {CACHE_INFO}): make one with tokenmill run, or check the path"
+            )
+        self.info = CacheInfo.from_json(folder.read(CACHE_INFO), folder.uri(CACHE_INFO))
+        self._connection: duckdb.DuckDBPyConnection | None = None
+        self._files: OrderedDict[str, TokenFile] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the cache anew: connections and memory maps do not travel."""
+        return open_cache, (self.folder.url,)
+
+    def sql(self, query: str, parameters: Sequence[Any] = ()) -> pa.Table:
+        """The answer of a read-only query as an Arrow table; CacheError says what DuckDB has against it.
+
+        Tables: videos, clips, products, shards, failures, files, locations; views: tokens_<product> with codes
+        as lists, and tokens, all of them together. code_usage('<product>') counts every code.
+        """
+        connection = self._connected()
+        try:
+            statements = connection.extract_statements(query)
+            kinds = {statement.type for statement in statements}
+            allowed = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
+            if len(statements) != 1 or kinds - allowed:
+                found = ", ".join(sorted(kind.name for kind in kinds)) or "nothing"
+                raise CacheError(f"one read-only query is accepted (select, from, describe), found: {found}")
+            return connection.cursor().execute(query, list(parameters)).to_arrow_table()
+        except duckdb.Error as error:
+            raise CacheError(f"the query failed: {error}") from None
+
+    def clips(self, where: str = "true") -> pa.Table:
+        """Clips with their video's uri and caption, filtered by an SQL condition, in the order of clip_id."""
+        return self.sql(
+            f"""select c.*, v.uri, v.caption from clips c
+                left join videos v on v.video_id = c.video_id and v.status = 'planned'
+                where {where} order by clip_id"""
+        )
+
+    def product(self, name: str) -> str:
+        """The product called `name` (`dct` or `tokens/dct`); CacheError lists what the cache has."""
+        for product in (name, tokens_product(name)):
+            if product in self.info.products and product != CLIPS:
+                return product
+        known = [product.removeprefix("tokens/") for product in self.info.products if product != CLIPS]
+        raise CacheError(
+            f"{self.folder.url}: no product {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
+        )
+
+    def clip_id(self, prefix: str) -> str:
+        """The one clip whose id begins with `prefix`."""
+        found = self.sql("select clip_id from clips where starts_with(clip_id, ?) limit 2", [prefix.lower()])
+        if found.num_rows == 1:
+            return found["clip_id"][0].as_py()
+        how_many = "no clip" if not found.num_rows else "more than one clip"
+        raise CacheError(
+            f'{self.folder.url}: {how_many} begins with {prefix!r}: tokenmill sql CACHE "select clip_id from clips"'
+        )
+
+    def read(self, product: str, clip_ids: Sequence[str], *, verify: bool = True) -> torch.Tensor:
+        """The tokens of `clip_ids`, in their order: codes int32 (N,t,h,w) or latents (N,t,h,w,d).
+
+        Tokens are copied out of the memory-mapped files, checked against their digests on first touch unless
+        `verify` is off. CacheError names clips that the product does not have.
+        """
+        product = self.product(product)
+        places = self._locate(product, clip_ids)
+        return self.read_places(places["name"].to_pylist(), places["row_in_file"].to_numpy(), verify=verify)
+
+    def read_places(self, names: Sequence[str], rows: np.ndarray, *, verify: bool = True) -> torch.Tensor:
+        """Tokens by file name and row, in the order given: the quick way when the places are known."""
+        if not len(names):
+            raise CacheError("no clip was asked for: give at least one clip id")
+        by_file: dict[str, list[int]] = {}
+        for i, name in enumerate(names):
+            by_file.setdefault(name, []).append(i)
+        planes: dict[str, np.ndarray] = {}
+        layout: TokenLayout | None = None
+        for name, positions in by_file.items():
+            file = self._open(name, verify=verify)
+            layout = file.layout
+            for column, plane in file.read_planes(rows[positions]).items():
+                planes.setdefault(column, np.empty((len(names), plane.shape[1]), np.uint8))[positions] = plane
+        assert layout is not None
+        tokens = torch.from_numpy(from_planes(planes, layout))
+        return tokens.view(torch.bfloat16) if layout.dtype == "bfloat16" else tokens
+
+    def loader(self, product: str, batch_size: int, *, where: str = "true") -> Any:
+        """A TokenLoader over this cache."""
+        from .loader import TokenLoader
+
+        return TokenLoader(self, product, batch_size, where=where)
+
+    def _locate(self, product: str, clip_ids: Sequence[str]) -> pa.Table:
+        """File and row of every clip asked, in the order asked."""
+        asked = pa.table({"position": range(len(clip_ids)), "clip": pa.array(clip_ids, pa.string())})
+        connection = self._connected().cursor()
+        connection.register("asked", asked)
+        try:
+            places: pa.Table = connection.execute(
+                """select clip, name, row_in_file from asked a
+                   left join (from locations where product = ?) l on l.clip_id = try_cast(a.clip as uuid)
+                   order by position""",
+                [product],
+            ).to_arrow_table()
+        finally:
+            connection.unregister("asked")
+        missing = places.filter(places["name"].is_null())["clip"].to_pylist()
+        if missing:
+            raise CacheError(
+                f"{self.folder.url}: {product} has no clip {missing[0]!r} ({len(missing)} of {len(clip_ids)} asked are"
+                f' missing): tokenmill sql CACHE "select clip_id from clips" lists clips, "from failures" the failed'
+            )
+        return places
+
+    def _open(self, name: str, *, verify: bool) -> TokenFile:
+        file = self._files.get(name)
+        if file is None:
+            file = TokenFile(self._buffer(name), self.folder.uri(name), verify=verify)
+            self._files[name] = file
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(name)
+        return file
+
+    def _buffer(self, name: str) -> Any:
+        """The bytes of a file: mapped where it is local, fetched where it is not."""
+        if not self.folder.is_local:
+            return self.folder.read(name)
+        with storage_errors(self.folder.uri(name)), open(self.folder.path(name), "rb") as stream:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _connected(self) -> duckdb.DuckDBPyConnection:
+        if self._connection is None:
+            connection = connect(self.folder)
+            connection.execute(f"attach '{_quoted(ensure_index(self.folder))}' as idx (read_only); use idx")
+            create_views(connection, {p: file_uris(connection, self.folder, p) for p in self.info.products}, self.info)
+            self._connection = connection
+        return self._connection
+
+
+def _quoted(text: str) -> str:
+    return text.replace("'", "''")

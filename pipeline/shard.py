@@ -1,0 +1,132 @@
+"""One shard from its plan to its manifests: the whole line that a clip goes through."""
+
+import itertools
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+
+from ..schemas.clip import Clip, ClipFailure, ClipFrames
+from ..schemas.digest import digest_of_stream
+from ..schemas.errors import DecodeError, TokenmillError
+from ..schemas.shard import ShardManifest, ShardProgress, ShardReceipt, ShardTask
+from .decode import FrameDecoder
+from .fetch import local_file
+from .prefetch import prefetch
+from .store import ShardRows, write_product
+from .worker import Worker
+
+DECODE_AHEAD_BYTES = 256 << 20
+
+
+def process_shard(task: ShardTask, worker: Worker) -> Iterator[ShardProgress | ShardReceipt]:
+    """Decode, tokenize, store and commit the products that a shard lacks; the last value is its receipt."""
+    shard_id, rows, clock = task.plan.shard_id, ShardRows(), _Clock()
+    decoded = prefetch(decode_clips(task.plan.clips, worker.decoder), _num_bytes, DECODE_AHEAD_BYTES)
+    for batch, failures in batches(decoded, worker.batch_size):
+        clock.lap("decode")
+        wanted = [product for product in task.products if product in worker.encoders]
+        tokens = {product: worker.encoders[product].encode(batch) for product in wanted} if batch else {}
+        clock.lap("tokenize")
+        rows.add(batch, tokens)
+        rows.failures.extend(failures)
+        num_frames = sum(one.clip.num_valid for one in batch)
+        yield ShardProgress(
+            shard_id=shard_id,
+            num_decoded=len(batch),
+            num_tokenized=len(batch),
+            num_frames=num_frames,
+            failures=tuple(failures),
+        )
+    clock.lap("decode")
+    yield commit_shard(task, worker, rows, clock)
+
+
+def decode_clips(clips: Sequence[Clip], decoder: FrameDecoder) -> Iterator[ClipFrames | ClipFailure]:
+    """Frames or a failure for every clip, opening each video once."""
+    for video, group in itertools.groupby(clips, key=lambda clip: clip.video):
+        waiting = {clip.clip_id: clip for clip in group}
+        try:
+            with local_file(video.uri) as path:
+                if video.has_content_digest:
+                    _check_content(path, video.digest)
+                for result in decoder.decode(path, list(waiting.values())):
+                    waiting.pop(result.clip_id if isinstance(result, ClipFailure) else result.clip.clip_id)
+                    yield result
+        except (TokenmillError, OSError) as error:
+            for clip_id in waiting:
+                yield ClipFailure(clip_id=clip_id, step="decode", reason=str(error))
+
+
+def _check_content(path: str, digest: str) -> None:
+    """Tokens of other bytes than were planned would carry the wrong name."""
+    with open(path, "rb") as stream:
+        found, _ = digest_of_stream(stream)
+    if found != digest:
+        raise DecodeError(
+            f"the file has changed since it was planned (SHA-256 {found[:12]}, planned {digest[:12]}):"
+            f" run the recipe again to plan what is there now"
+        )
+
+
+def batches(
+    decoded: Iterable[ClipFrames | ClipFailure], batch_size: int
+) -> Iterator[tuple[list[ClipFrames], list[ClipFailure]]]:
+    """Up to `batch_size` clips at a time, with the failures met on the way."""
+    batch: list[ClipFrames] = []
+    failures: list[ClipFailure] = []
+    for result in decoded:
+        if isinstance(result, ClipFailure):
+            failures.append(result)
+            continue
+        batch.append(result)
+        if len(batch) == batch_size:
+            yield batch, failures
+            batch, failures = [], []
+    if batch or failures:
+        yield batch, failures
+
+
+def commit_shard(task: ShardTask, worker: Worker, rows: ShardRows, clock: "_Clock") -> ShardReceipt:
+    """Publish every product's file, then its manifest; a manifest that is there already wins."""
+    shard_id = task.plan.shard_id
+    manifests, num_lost = [], 0
+    with worker.folder.staging() as staging:
+        for product in task.products:
+            version = worker.fingerprints[product]
+            path = write_product(staging, product, rows, worker.encoders.get(product), version)
+            files = (worker.folder.publish(path, f"{product}/{shard_id}", len(rows.clips)),) if path else ()
+            clock.lap("write")
+            manifest = ShardManifest(
+                shard_id=shard_id,
+                product=product,
+                fingerprint=version,
+                files=files,
+                failures=tuple(sorted(rows.failures, key=lambda failure: failure.clip_id)),
+                clips_per_video=dict(sorted(Counter(row["video_id"] for row in rows.clips).items())),
+                host=socket.gethostname(),
+                timings_s=clock.laps_s(),
+            )
+            manifests.append(manifest)
+            num_lost += not worker.folder.create(manifest.name, manifest.to_json())
+    return ShardReceipt(shard_id=shard_id, manifests=tuple(manifests), num_lost_races=num_lost)
+
+
+def _num_bytes(result: ClipFrames | ClipFailure) -> int:
+    return result.frames_THWC.nbytes if isinstance(result, ClipFrames) else 0
+
+
+class _Clock:
+    """Seconds spent by the worker on each step, waiting for decoded frames included."""
+
+    def __init__(self) -> None:
+        self._last_s = time.perf_counter()
+        self._laps_s: Counter[str] = Counter()
+
+    def lap(self, step: str) -> None:
+        now_s = time.perf_counter()
+        self._laps_s[step] += now_s - self._last_s  # pyright: ignore[reportArgumentType]
+        self._last_s = now_s
+
+    def laps_s(self) -> dict[str, float]:
+        return {step: round(seconds, 3) for step, seconds in self._laps_s.items()}

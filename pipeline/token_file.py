@@ -1,0 +1,270 @@
+"""Token files: Parquet whose token columns can be memory-mapped (the "direct" profile, docs/formats.md).
+
+A token column is a fixed-size binary, never null, PLAIN, uncompressed, without dictionary or statistics, one
+data page per row group: its values are the last ``rows * width`` bytes of the column chunk, so a reader needs
+only the footer to find any row. For every other reader the file is ordinary Parquet.
+"""
+
+import json
+import mmap
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..schemas.errors import CacheError
+from ..schemas.tables import FORMAT_VERSION, with_format
+
+ROW_GROUP_BYTES = 4 << 20
+PROFILE = b"tokenmill.profile"
+LAYOUT = b"tokenmill.layout"
+FINGERPRINT = b"tokenmill.fingerprint"
+CHECKSUMS = b"tokenmill.crc32"
+LOW, HIGH = "tokens", "tokens_high"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLayout:
+    """How the tokens of one clip lie in a file: their number type and shape.
+
+    `dtype` is ``uint16`` for codes, ``float32``, ``float16`` or ``bfloat16`` for latents, always little-endian.
+    Codebooks of more than 65,536 codes keep the bits above 16 in a second column, `high_bits` to a code.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    codebook_size: int | None
+
+    @property
+    def num_values(self) -> int:
+        """Values in one clip."""
+        return int(np.prod(self.shape))
+
+    @property
+    def high_bits(self) -> int:
+        """Bits of a code above the sixteenth, rounded up to 0, 1, 2, 4, 8 or 16."""
+        extra = (self.codebook_size - 1).bit_length() - 16 if self.codebook_size else 0
+        return 0 if extra <= 0 else 1 << (extra - 1).bit_length()
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Bytes per clip of every token column."""
+        low = self.num_values * (4 if self.dtype == "float32" else 2)
+        return {LOW: low, HIGH: -(-self.num_values * self.high_bits // 8)} if self.high_bits else {LOW: low}
+
+    @property
+    def rows_per_group(self) -> int:
+        """Clips in a row group of about ROW_GROUP_BYTES."""
+        return max(1, ROW_GROUP_BYTES // sum(self.widths.values()))
+
+    def to_json(self) -> str:
+        """The layout as the footer keeps it."""
+        return json.dumps(
+            {
+                "dtype": self.dtype,
+                "shape": self.shape,
+                "codebook_size": self.codebook_size,
+                "endianness": "little",
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "TokenLayout":
+        """The layout that a footer keeps."""
+        values = json.loads(text)
+        return cls(dtype=values["dtype"], shape=tuple(values["shape"]), codebook_size=values["codebook_size"])
+
+
+def to_planes(values_N: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray]:
+    """The bytes (N, width) uint8 of every token column, from codes (N,...) or from the bits of latents (N,...)."""
+    flat = values_N.reshape(len(values_N), layout.num_values)
+    if layout.codebook_size is None:
+        return {LOW: np.ascontiguousarray(flat).view(np.uint8)}
+    if flat.size and (flat.min() < 0 or flat.max() >= layout.codebook_size):
+        raise ValueError(f"codes reach from {flat.min()} to {flat.max()}, the codebook has {layout.codebook_size}")
+    planes = {LOW: np.ascontiguousarray(flat & 0xFFFF, dtype="<u2").view(np.uint8)}
+    if layout.high_bits:
+        planes[HIGH] = _pack(flat >> 16, layout.high_bits)
+    return planes
+
+
+def from_planes(planes: Mapping[str, np.ndarray], layout: TokenLayout) -> np.ndarray:
+    """Codes (N,...) int32, or the bits of latents (N,...) as float32, float16 or (for bfloat16) int16."""
+    kinds = {"uint16": "<u2", "float16": "<f2", "float32": "<f4", "bfloat16": "<i2"}
+    values = np.ascontiguousarray(planes[LOW]).view(kinds[layout.dtype])
+    if layout.codebook_size is not None:
+        values = values.astype(np.int32)
+    if layout.high_bits:
+        values |= _unpack(planes[HIGH], layout.high_bits, layout.num_values) << 16
+    return values.reshape(len(values), *layout.shape)
+
+
+def _pack(high: np.ndarray, bits: int) -> np.ndarray:
+    """Small integers (N, n) below 2**bits to bytes (N, ceil(n*bits/8)), the first in the lowest bits."""
+    if bits >= 8:
+        return np.ascontiguousarray(high, dtype=f"<u{bits // 8}").view(np.uint8)
+    per_byte = 8 // bits
+    padded = np.zeros((high.shape[0], -(-high.shape[1] // per_byte) * per_byte), np.uint8)
+    padded[:, : high.shape[1]] = high
+    shifts = np.arange(per_byte, dtype=np.uint8) * bits
+    shifted = padded.reshape(len(high), -1, per_byte) << shifts
+    return np.bitwise_or.reduce(shifted, axis=2)
+
+
+def _unpack(packed: np.ndarray, bits: int, num_values: int) -> np.ndarray:
+    if bits >= 8:
+        return np.ascontiguousarray(packed).view(f"<u{bits // 8}").astype(np.int32)
+    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    values = (packed[:, :, None] >> shifts) & ((1 << bits) - 1)
+    return values.reshape(len(packed), -1)[:, :num_values].astype(np.int32)
+
+
+def write_token_file(
+    path: str, rows: pa.Table, values_N: np.ndarray, layout: TokenLayout, footer: Mapping[str, str]
+) -> None:
+    """Write `rows` (clip_id and other small columns) with their tokens to a new local file, then check it.
+
+    `values_N` holds codes (N,...) or the bits of latents, in the order of `rows`.
+    """
+    planes = to_planes(values_N, layout)
+    token_fields = [pa.field(name, pa.binary(width), nullable=False) for name, width in layout.widths.items()]
+    schema = with_format(pa.schema([*rows.schema, *token_fields]), **footer)
+    columns = [_fixed_binary(planes[name], width) for name, width in layout.widths.items()]
+    table = pa.Table.from_arrays([*rows.columns, *columns], schema=schema)
+    group = layout.rows_per_group
+    checksums = {
+        name: [zlib.crc32(plane[i : i + group].data) for i in range(0, len(plane), group)] for name, plane in planes.items()
+    }
+    small = [field.name for field in rows.schema]
+    with pq.ParquetWriter(
+        path,
+        schema,
+        compression={name: "zstd" for name in small} | {name: "none" for name in planes},  # pyright: ignore[reportArgumentType]
+        use_dictionary=False,
+        write_statistics=small,  # pyright: ignore[reportArgumentType]
+        column_encoding={name: "PLAIN" for name in planes},
+        data_page_size=1 << 30,
+        write_page_checksum=True,
+    ) as writer:
+        writer.write_table(table, row_group_size=group)
+        writer.add_key_value_metadata(
+            {PROFILE: "direct", LAYOUT: layout.to_json(), CHECKSUMS: json.dumps(checksums)}  # pyright: ignore
+        )
+    _check_written(path, planes)
+
+
+def _fixed_binary(plane: np.ndarray, width: int) -> pa.Array:
+    return pa.Array.from_buffers(pa.binary(width), len(plane), [None, pa.py_buffer(plane)])
+
+
+def _check_written(path: str, planes: Mapping[str, np.ndarray]) -> None:
+    """Read the file back: the layout must be direct, and every byte what was meant."""
+    with open(path, "rb") as stream:
+        file = TokenFile(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), path)
+    if not file.is_direct:
+        raise CacheError(f"{path}: the Parquet library wrote a layout that cannot be memory-mapped")
+    rows = np.arange(file.num_rows)
+    for name, plane in file.read_planes(rows).items():
+        if not np.array_equal(plane, planes[name]):
+            raise CacheError(f"{path}: column {name} was not stored as written; check the disk")
+
+
+class TokenFile:
+    """One token file, read through a buffer (a memory map, or bytes): any rows, checked on first touch."""
+
+    def __init__(self, buffer: Any, name: str, *, verify: bool = True) -> None:
+        self._name = name
+        self._buffer = buffer
+        try:
+            self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(buffer)))
+        except pa.ArrowInvalid as error:
+            raise CacheError(
+                f"{name}: not a readable Parquet file ({error}): tokenmill verify names what is damaged"
+            ) from None
+        metadata = self._parquet.schema_arrow.metadata or {}
+        file_metadata = self._parquet.metadata.metadata or {}
+        if LAYOUT not in file_metadata:
+            raise CacheError(f"{name}: no token layout in its footer, so it is not a token file")
+        version = int(metadata.get(b"tokenmill.format", file_metadata.get(b"tokenmill.format", b"0")))
+        if version != FORMAT_VERSION:
+            raise CacheError(f"{name}: format version {version}, this tokenmill reads {FORMAT_VERSION}")
+        self.layout = TokenLayout.from_json(file_metadata[LAYOUT])
+        self.fingerprint = file_metadata.get(FINGERPRINT, metadata.get(FINGERPRINT, b"")).decode()
+        self._checksums: dict[str, list[int]] = json.loads(file_metadata.get(CHECKSUMS, b"{}")) if verify else {}
+        self._groups = self._row_groups()
+        self._group_ends = np.cumsum([self._parquet.metadata.row_group(i).num_rows for i in range(len(self._groups))])
+        self.num_rows: int = self._parquet.metadata.num_rows
+        self.is_direct = all(offset is not None for group in self._groups for offset in group.values())
+        if not self.is_direct:  # rewritten by others: the digests are of other row groups
+            self._checksums = {}
+        self._checked: set[int] = set()
+
+    def rows(self) -> pa.Table:
+        """The small columns of every row (clip_id first), in file order."""
+        small = [name for name in self._parquet.schema_arrow.names if name not in self.layout.widths]
+        return self._parquet.read(columns=small)
+
+    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Codes (N,...) int32 or the bits of latents (N,...) of the rows asked, in their order."""
+        return from_planes(self.read_planes(np.asarray(rows, np.int64)), self.layout)
+
+    def read_planes(self, rows_N: np.ndarray) -> dict[str, np.ndarray]:
+        """The bytes (N, width) of every token column, copied out of the buffer in the order asked."""
+        if rows_N.size and (rows_N.min() < 0 or rows_N.max() >= self.num_rows):
+            raise IndexError(f"{self._name} has {self.num_rows} rows, asked for {rows_N.min()} to {rows_N.max()}")
+        planes = {name: np.empty((len(rows_N), width), np.uint8) for name, width in self.layout.widths.items()}
+        groups_N = np.searchsorted(self._group_ends, rows_N, side="right")
+        for group in np.unique(groups_N):
+            chosen = groups_N == group
+            start = self._group_ends[group - 1] if group else 0
+            for name, plane in self._group_planes(int(group)).items():
+                planes[name][chosen] = plane[rows_N[chosen] - start]
+        return planes
+
+    def _group_planes(self, group: int) -> dict[str, np.ndarray]:
+        """Views (rows, width) of a row group's token columns; checked against their digests the first time."""
+        num_rows = self._parquet.metadata.row_group(group).num_rows
+        planes = {}
+        for name, width in self.layout.widths.items():
+            offset = self._groups[group][name]
+            if offset is None:
+                column = self._parquet.read_row_group(group, columns=[name], use_threads=False).column(0)
+                plane = np.frombuffer(b"".join(column.to_pylist()), np.uint8)
+            else:
+                plane = np.frombuffer(self._buffer, np.uint8, num_rows * width, offset)
+            planes[name] = plane.reshape(num_rows, width)
+        if group not in self._checked:
+            self._check(group, planes)
+        return planes
+
+    def _check(self, group: int, planes: Mapping[str, np.ndarray]) -> None:
+        for name, digests in self._checksums.items():
+            if zlib.crc32(planes[name].data) != digests[group]:
+                raise CacheError(
+                    f"{self._name}: row group {group} of column {name} is damaged (its CRC-32 does not match):"
+                    f" tokenmill verify lists what is damaged; delete the file's manifest and run the recipe again"
+                )
+        self._checked.add(group)
+
+    def _row_groups(self) -> list[dict[str, int | None]]:
+        """For every row group, where each token column's values begin; None where they cannot be mapped."""
+        metadata = self._parquet.metadata
+        names = self._parquet.schema_arrow.names
+        groups = []
+        for i in range(metadata.num_row_groups):
+            group = metadata.row_group(i)
+            columns = {name: group.column(names.index(name)) for name in self.layout.widths}
+            groups.append({name: _values_offset(column, self.layout.widths[name]) for name, column in columns.items()})
+        return groups
+
+
+def _values_offset(column: Any, width: int) -> int | None:
+    """Where the values of a direct column chunk begin: after one small page header. None for other layouts."""
+    if column.compression != "UNCOMPRESSED" or column.has_dictionary_page or "PLAIN" not in column.encodings:
+        return None
+    start = column.data_page_offset + column.total_compressed_size - column.num_values * width
+    return start if 0 < start - column.data_page_offset < 4096 else None

@@ -1,0 +1,212 @@
+"""The recipe: a job's whole configuration, checked before any work."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from .clip import Interpolation, ResizeMode, Sampling, Tail
+from .errors import RecipeError, did_you_mean
+
+VIDEO_EXTENSIONS = (
+    "3gp", "avi", "flv", "gif", "m2ts", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv",
+)  # fmt: skip
+PRODUCT_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class FilesSource(Section):
+    """A folder (searched in full), a glob, or one file, by fsspec URL."""
+
+    kind: Literal["files"] = "files"
+    path: str = Field(min_length=1, description="folder, glob or file; any fsspec URL")
+    extensions: tuple[str, ...] = Field(default=VIDEO_EXTENSIONS, description="what counts as a video inside a folder")
+
+
+class TableSource(Section):
+    """A CSV, JSON lines or Parquet table with one video per row.
+
+    The columns sha256, size_bytes, num_frames, fps, width and height, where present, spare the probing; every
+    other column travels to the cache as metadata.
+    """
+
+    kind: Literal["table"]
+    path: str = Field(min_length=1, description="one .csv, .jsonl or .parquet file, or a glob of them")
+    uri_column: str = "uri"
+    caption_column: str = "caption"
+    identity: Literal["content", "uri"] = Field(
+        default="content", description="uri: a URI never changes its content, so files are not read to be named"
+    )
+
+
+class BytesSource(Section):
+    """Parquet files that hold whole videos in a binary column."""
+
+    kind: Literal["bytes"]
+    path: str = Field(min_length=1, description="one .parquet file, a folder or a glob")
+    video_column: str = "video"
+    caption_column: str = "caption"
+
+
+class WebDatasetSource(Section):
+    """Uncompressed tar shards of videos, with .json and .txt sidecars of the same key."""
+
+    kind: Literal["webdataset"]
+    path: str = Field(min_length=1, description="one .tar file, a folder or a glob")
+    extensions: tuple[str, ...] = Field(default=VIDEO_EXTENSIONS, description="which members are videos")
+
+
+def _expand_path(value: Any) -> Any:
+    return {"kind": "files", "path": value} if isinstance(value, str) else (
+        {"kind": "files", **value} if isinstance(value, Mapping) and "kind" not in value else value
+    )  # fmt: skip
+
+
+AnySource = FilesSource | TableSource | BytesSource | WebDatasetSource
+Source = Annotated[AnySource, Field(discriminator="kind"), BeforeValidator(_expand_path)]
+
+
+class ClipsSection(Section):
+    """How videos are cut into clips, and what size clips have."""
+
+    cut: Literal["windows", "whole"] = Field(
+        default="windows", description="windows of num_frames every stride frames, or the whole video as num_frames"
+    )
+    num_frames: int = Field(default=16, ge=1)
+    stride: int | None = Field(default=None, ge=1, description="frames from window to window; num_frames by default")
+    fps: Literal["native"] | Annotated[float, Field(gt=0, le=1000)] = "native"
+    tail: Tail = Field(default="pad", description="pad the last window of a video, or drop and count it")
+    height: int = Field(default=256, ge=1, le=8192)
+    width: int = Field(default=256, ge=1, le=8192)
+    resize: ResizeMode = "center_crop"
+    interpolation: Interpolation = "bilinear"
+
+    @property
+    def sampling(self) -> Sampling:
+        """These settings as the value that travels with every clip."""
+        return Sampling(
+            fps=None if self.fps == "native" else self.fps,
+            num_frames=self.num_frames,
+            height=self.height,
+            width=self.width,
+            resize=f"{self.resize}/{self.interpolation}",
+            tail=self.tail,
+        )
+
+
+class TokensSection(Section):
+    """One product of tokens: which tokenizer, and with what weights and arithmetic."""
+
+    tokenizer: str = Field(min_length=1, description="family/variant, for instance dct_fsq/488_262144")
+    weights: str | None = Field(default=None, description="path or fsspec URL of the weights, where the tokenizer has any")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    batch_size: int = Field(default=8, ge=1, description="clips in one model call; part of the product's fingerprint")
+
+
+class DecodeSection(Section):
+    """Which library reads the frames; auto is decord, and PyAV where decord cannot or errs."""
+
+    decoder: Literal["auto", "decord", "pyav"] = "auto"
+
+
+class ShardsSection(Section):
+    """How large a shard is: the unit of work, of restart and of files."""
+
+    frames: int = Field(default=16384, ge=1, description="sampled frames per shard, about; shards are balanced by cost")
+
+
+class ExecutorSection(Section):
+    """Where the work runs."""
+
+    kind: Literal["local", "ray"] = "local"
+    workers: int = Field(default=1, ge=1, description="Ray token workers; local has one")
+    address: str = Field(default="local", description="local, auto, or the address of a Ray cluster")
+    threads: int = Field(default=1, ge=1, description="arithmetic threads per worker")
+    cpus_per_worker: float = Field(default=1, ge=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
+
+
+class Recipe(Section):
+    """A job: what to read, how to cut it, what to make of it, and where to keep it."""
+
+    cache: str = Field(min_length=1, description="folder of the cache; any fsspec URL")
+    sources: tuple[Source, ...] = Field(min_length=1)
+    clips: ClipsSection = ClipsSection()
+    tokens: dict[str, TokensSection] = Field(min_length=1, description="products, by name")
+    decode: DecodeSection = DecodeSection()
+    shards: ShardsSection = ShardsSection()
+    executor: ExecutorSection = ExecutorSection()
+
+
+def parse_recipe(data: object) -> Recipe:
+    """The recipe in `data` (as YAML gives it); RecipeError names every wrong key, what was found and accepted."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"a recipe is a mapping of keys, found {type(data).__name__}: {_shown(data)}")
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        wrong = error.errors()
+        # A list is also "too short" when its items are wrong: the items say why.
+        inner = [one for one in wrong if one["type"] != "too_short"] or wrong
+        raise RecipeError("; ".join(dict.fromkeys(_explain(one) for one in inner))) from None
+    for name in recipe.tokens:
+        if not PRODUCT_NAME.fullmatch(name):
+            raise RecipeError(
+                f"tokens.{name}: {name!r} cannot name a product: accepted are small letters, digits and _,"
+                f" beginning with a letter"
+            )
+    return recipe
+
+
+def _explain(error: Any) -> str:
+    """One wrong key in one phrase."""
+    path = [str(part) for part in error["loc"]]
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        accepted = sorted(_keys_at(path[:-1]))
+        return f"{_dotted(path)}: unknown key{did_you_mean(path[-1], accepted)}; accepted are {', '.join(accepted)}"
+    if kind == "missing":
+        return f"{_dotted(path)}: missing; every recipe needs it"
+    if kind == "union_tag_invalid":
+        tags = [tag.strip("' ") for tag in context["expected_tags"].split(",")]
+        return (
+            f"{_dotted(path)}.kind: found {context['tag']!r}{did_you_mean(str(context['tag']), tags)};"
+            f" accepted are {', '.join(tags)}"
+        )
+    accepted_text = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    near = ""
+    if kind == "literal_error" and isinstance(error["input"], str):
+        near = did_you_mean(error["input"], re.findall(r"'([^']*)'", context["expected"]))
+    return f"{_dotted(path)}: found {_shown(error['input'])}{near}; accepted: {accepted_text}"
+
+
+def _dotted(path: list[str]) -> str:
+    """`sources.0.path` as the user wrote it: pydantic's own names of union members are left out."""
+    inner = {"files", "table", "bytes", "webdataset", "literal['native']", "constrained-float", "float"}
+    return ".".join(part for i, part in enumerate(path) if not (i and part in inner))
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    """The keys that the recipe accepts below `path`."""
+    model: type[BaseModel] = Recipe
+    sources = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(AnySource)}
+    for part in path:
+        if part in sources and model is Recipe:
+            model = sources[part]
+        elif part in model.model_fields:
+            annotation = model.model_fields[part].annotation
+            nested = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+            model = next((a for a in nested if issubclass(a, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,122 @@
+"""Shards: the work before it is done, and what was committed after."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+from .clip import Clip, ClipFailure
+from .errors import CacheError
+from .tables import FORMAT_VERSION
+
+CLIPS = "clips"
+SHORT_DIGEST = 12
+
+
+def tokens_product(name: str) -> str:
+    """The product that the recipe's section `tokens.<name>` makes."""
+    return f"tokens/{name}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardPlan:
+    """Clips that are made, committed and retried together, in the plan's order."""
+
+    shard_id: str
+    clips: tuple[Clip, ...]
+
+    def __post_init__(self) -> None:
+        if not self.clips:
+            raise ValueError(f"shard {self.shard_id} has no clips")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One published file: its name inside the cache, and what its bytes must be."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardManifest:
+    """What one shard committed of one product: written once, never edited.
+
+    `fingerprint` names the product's version. `clips_per_video` counts rows by video digest. Rows and failures
+    together are the clips that the plan gave to the shard.
+    """
+
+    shard_id: str
+    product: str
+    fingerprint: str
+    files: tuple[FileEntry, ...]
+    failures: tuple[ClipFailure, ...]
+    clips_per_video: Mapping[str, int]
+    host: str
+    timings_s: Mapping[str, float]
+    format_version: int = field(default=FORMAT_VERSION)
+
+    @property
+    def name(self) -> str:
+        """Where the manifest lives inside the cache."""
+        return manifest_name(self.shard_id, self.product, self.fingerprint)
+
+    @property
+    def num_rows(self) -> int:
+        """How many clips were committed."""
+        return sum(file.num_rows for file in self.files)
+
+    def to_json(self) -> bytes:
+        """The manifest as it is stored."""
+        return json.dumps(asdict(self), indent=1, sort_keys=True).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, data: bytes, name: str) -> "ShardManifest":
+        """The manifest stored in `data`; CacheError names the file where it is damaged or of another format."""
+        try:
+            values = json.loads(data)
+            found = values["format_version"]
+            if found != FORMAT_VERSION:
+                raise CacheError(f"{name}: format version {found}, this tokenmill reads {FORMAT_VERSION}")
+            values["files"] = tuple(FileEntry(**entry) for entry in values["files"])
+            values["failures"] = tuple(ClipFailure(**entry) for entry in values["failures"])
+            return cls(**values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise CacheError(f"{name}: damaged manifest ({error}): delete it and run the recipe again") from error
+
+
+def manifest_name(shard_id: str, product: str, fingerprint: str) -> str:
+    """``manifests/<product>/<shard>-<version>.json``: one for every shard of every product version."""
+    return f"manifests/{product}/{shard_id}-{fingerprint[:SHORT_DIGEST]}.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardTask:
+    """A shard and the products that it still lacks."""
+
+    plan: ShardPlan
+    products: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardProgress:
+    """What has happened since the last report, while a shard is being made."""
+
+    shard_id: str
+    num_decoded: int = 0
+    num_tokenized: int = 0
+    num_frames: int = 0
+    failures: tuple[ClipFailure, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardReceipt:
+    """A finished shard: one manifest per product that it lacked.
+
+    `num_lost_races` counts manifests that another worker had committed first; its files stand.
+    """
+
+    shard_id: str
+    manifests: tuple[ShardManifest, ...]
+    num_lost_races: int

@@ -1,0 +1,89 @@
+"""The Arrow schema of every stored table."""
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+FORMAT_KEY = b"tokenmill.format"
+
+# What a source lists, one row per video, before anything is opened. `uri` is an absolute path or fsspec URL,
+# with a fragment for a video inside a larger file. `stamp` is what the store says without reading (size and
+# modification time or etag): equal stamps mean that the content has not changed. The columns from `digest` on
+# are null where the source does not say. `digest` is 64 hex digits of SHA-256, or "uri:" and a digest of the
+# URI where the user vouches that URIs do not change. `metadata` is a JSON object.
+SOURCE_SCHEMA = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("stamp", pa.string(), nullable=False),
+        pa.field("caption", pa.string()),
+        pa.field("metadata", pa.string()),
+        pa.field("digest", pa.string()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("num_frames", pa.int64()),
+        pa.field("fps", pa.float64()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+    ]
+)
+
+# One row per video that the plan has seen. `status` is planned, failed (it could not be read: see reason),
+# duplicate (same content as another: see reason) or empty (too short for one clip when tails are dropped).
+VIDEO_SCHEMA = pa.schema(
+    [
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("num_frames", pa.int64()),
+        pa.field("fps", pa.float64()),
+        pa.field("width", pa.int32()),
+        pa.field("height", pa.int32()),
+        pa.field("duration_s", pa.float64()),
+        pa.field("codec", pa.string()),
+        pa.field("caption", pa.string()),
+        pa.field("metadata", pa.string()),
+        pa.field("num_clips", pa.int64(), nullable=False),
+        pa.field("num_dropped_frames", pa.int64(), nullable=False),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+
+# The plan: one row per clip, one row group per shard. `frame_pts_s` are the times to sample.
+PLAN_SCHEMA = pa.schema(
+    [
+        pa.field("shard_id", pa.string(), nullable=False),
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("size_bytes", pa.int64(), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+        pa.field("frame_pts_s", pa.list_(pa.field("element", pa.float64(), nullable=False)), nullable=False),
+    ]
+)
+
+# What was decoded: one row per committed clip. `frame_pts_s` are the times of the frames that were found.
+CLIP_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+        pa.field("num_valid", pa.uint32(), nullable=False),
+        pa.field("frame_pts_s", pa.list_(pa.field("element", pa.float64(), nullable=False)), nullable=False),
+        pa.field("decoder", pa.string(), nullable=False),
+    ]
+)
+
+# What the store said of every source when it was last read: equal stamps spare a second reading.
+STAMP_SCHEMA = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("stamp", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+    ]
+)
+
+
+def with_format(schema: pa.Schema, **footer: str) -> pa.Schema:
+    """`schema` with the format version and `footer` in its metadata, as stored files carry them."""
+    return schema.with_metadata({FORMAT_KEY: str(FORMAT_VERSION), **footer})

@@ -1,0 +1,71 @@
+"""The recipe: what is refused, and how it is said."""
+
+from typing import Any
+
+import pytest
+from tokenmill.schemas.errors import RecipeError
+from tokenmill.schemas.recipe import Recipe, parse_recipe
+
+GOOD: dict[str, Any] = {
+    "cache": "out/cache",
+    "sources": ["videos/"],
+    "tokens": {"dct": {"tokenizer": "dct_fsq/488_262144"}},
+}
+
+
+def test_a_short_recipe_gets_documented_defaults() -> None:
+    recipe = parse_recipe(GOOD)
+    assert recipe.sources[0].kind == "files"
+    assert recipe.clips.sampling.num_frames == 16
+    assert recipe.clips.sampling.fps is None
+    assert recipe.clips.sampling.resize == "center_crop/bilinear"
+
+
+def test_a_recipe_survives_its_own_json() -> None:
+    recipe = parse_recipe(GOOD | {"sources": [{"kind": "table", "path": "videos.csv"}], "clips": {"fps": 8}})
+    assert parse_recipe(recipe.model_dump(mode="json")) == recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"clip": {}}, r"^clip: unknown key \(did you mean 'clips'\?\); accepted are cache, clips"),
+        ({"clips": {"num_frame": 3}}, r"clips\.num_frame: unknown key \(did you mean 'num_frames'\?\)"),
+        ({"clips": {"resize": "centercrop"}}, r"clips\.resize: found 'centercrop' \(did you mean 'center_crop'\?\)"),
+        ({"clips": {"fps": -1}}, r"clips\.fps: found -1; accepted: .*greater than 0"),
+        ({"clips": {"fps": "natve"}}, r"clips\.fps: found 'natve' \(did you mean 'native'\?\)"),
+        ({"clips": {"num_frames": 0}}, r"clips\.num_frames: found 0; accepted: greater than or equal to 1"),
+        ({"sources": []}, r"sources: found \[\]; accepted: .*at least 1 item"),
+        ({"sources": [3]}, r"sources\.0: found 3; accepted: "),
+        ({"sources": [{"kind": "tble", "path": "x"}]}, r"sources\.0\.kind: found 'tble' \(did you mean 'table'\?\)"),
+        (
+            {"sources": [{"kind": "table", "path": "x", "uricolumn": 1}]},
+            r"sources\.0\.uricolumn: unknown key \(did you mean 'uri_column'\?\); accepted are caption_column, identity",
+        ),
+        ({"tokens": {}}, r"tokens: found \{\}; accepted: .*at least 1 item"),
+        ({"tokens": {"dct": {}}}, r"tokens\.dct\.tokenizer: missing"),
+        ({"tokens": {"dct": {"tokenizr": "x"}}}, r"tokens\.dct\.tokenizr: unknown key \(did you mean 'tokenizer'\?\)"),
+        ({"tokens": {"A b": {"tokenizer": "x"}}}, r"'A b' cannot name a product: accepted are small letters"),
+        ({"executor": {"kind": "rai"}}, r"executor\.kind: found 'rai' \(did you mean 'ray'\?\); accepted: 'local' or"),
+    ],
+)
+def test_a_wrong_key_is_refused_with_what_was_found_and_accepted(change: dict, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(GOOD | change)
+
+
+def test_every_wrong_key_is_named_once() -> None:
+    with pytest.raises(RecipeError) as error:
+        parse_recipe(GOOD | {"clips": {"hight": 1, "width": 0}})
+    assert str(error.value).count(";") == 3
+    assert "clips.hight" in str(error.value)
+    assert "clips.width" in str(error.value)
+
+
+def test_what_is_not_a_mapping_is_refused() -> None:
+    with pytest.raises(RecipeError, match="a recipe is a mapping of keys, found list"):
+        parse_recipe(["cache"])
+
+
+def test_the_json_schema_names_every_section() -> None:
+    assert set(Recipe.model_json_schema()["properties"]) == set(Recipe.model_fields)
