@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
 from ..pipeline.plan import PlanTables, clips_of, make_plan
 from ..pipeline.shard import process_shard
@@ -19,6 +17,7 @@ from ..pipeline.videos import read_facts
 from ..schemas.recipe import Recipe
 from ..schemas.shard import ShardPlan, ShardReceipt, ShardTask
 from .build import build_worker
+from .printing import new_table, output_console
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,32 +90,24 @@ def _make_sample(
 
 def print_estimate(estimate: Estimate) -> None:
     """Print the estimate as a table."""
-    console = Console()
-    e = estimate
+    console, e = output_console(), estimate
     failed = f", {e.num_failed_videos} of them unreadable" if e.num_failed_videos else ""
     console.print(
         f"measured: {e.num_sampled_videos} of {e.num_videos} videos probed in {e.probe_s:.2f} s{failed};"
-        f" {e.num_sampled_clips} clips made in {e.clips_s:.2f} s",
-        highlight=False,
+        f" {e.num_sampled_clips} clips made in {e.clips_s:.2f} s"
     )
     about = "" if e.scale == 1 else "about "
-    table = Table("product", title=f"{about}{e.num_clips:,.0f} clips, {e.num_frames:,.0f} frames", title_justify="left")
-    for column in ("tokens", "bytes", "bytes per clip"):
-        table.add_column(column, justify="right")
+    numbers = ("tokens", "bytes", "bytes per clip")
+    title = f"{about}{e.num_clips:,.0f} clips, {e.num_frames:,.0f} frames"
+    table = new_table("product", *numbers, numbers=numbers, title=title)
     for product, size_bytes in e.bytes_per_clip.items():
         tokens = e.tokens_per_clip.get(product)
-        table.add_row(
-            product,
-            f"{tokens * e.num_clips:,.0f}" if tokens else "",
-            decimal(int(size_bytes * e.num_clips)),
-            f"{size_bytes:,.0f}",
-        )
+        num_tokens = f"{tokens * e.num_clips:,.0f}" if tokens else ""
+        table.add_row(product, num_tokens, decimal(int(size_bytes * e.num_clips)), f"{size_bytes:,.0f}")
     console.print(table)
     if e.num_sampled_clips:
-        per_worker_h = e.clips_s / e.num_sampled_clips * e.num_clips / 3600
-        probe_h = e.probe_s * e.scale / 3600
+        worker_h = e.clips_s / e.num_sampled_clips * e.num_clips / 3600
         rate = e.num_sampled_clips / e.clips_s
         console.print(
-            f"{per_worker_h:,.3g} hours on one worker ({rate:,.1f} clips/s), and {probe_h:,.3g} hours to plan",
-            highlight=False,
+            f"{worker_h:,.3g} hours on one worker ({rate:,.1f} clips/s), and {e.probe_s * e.scale / 3600:,.3g} to plan"
         )

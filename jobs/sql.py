@@ -5,13 +5,12 @@ import tempfile
 
 import duckdb
 import pyarrow as pa
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from ..pipeline.cache import open_cache
 from ..pipeline.storage import storage_errors
 from ..schemas.errors import TokenmillError
+from .printing import new_table, output_console
 
 
 def print_answer(cache: str, query: str, format: str, output: str | None, max_rows: int) -> None:
@@ -47,17 +46,15 @@ def _encoded(answer: pa.Table, format: str) -> bytes:
 
 
 def _print_table(answer: pa.Table, max_rows: int) -> None:
-
-    table = Table()
-    for field in answer.schema:
-        number = str(field.type).startswith(("int", "uint", "float", "double", "decimal"))
-        table.add_column(field.name, justify="right" if number else "left", overflow="fold")
+    kinds = ("int", "uint", "float", "double", "decimal")
+    numbers = tuple(field.name for field in answer.schema if str(field.type).startswith(kinds))
+    table = new_table(*answer.schema.names, numbers=numbers)
     for row in answer.slice(0, max_rows).to_pylist():
         table.add_row(*(escape(_cell(value)) for value in row.values()))
-    console = Console()
+    console = output_console()
     console.print(table)
     shown = f", the first {max_rows} shown" if answer.num_rows > max_rows else ""
-    console.print(f"{answer.num_rows} rows{shown}", highlight=False)
+    console.print(f"{answer.num_rows} rows{shown}")
 
 
 def _cell(value: object) -> str:

@@ -4,12 +4,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
 from ..pipeline.cache import open_cache
+from .printing import new_table, output_console
 
 SHOWN_FAILURES = 10
 
@@ -89,11 +89,11 @@ def show_status(status: Status, *, log_json: bool) -> None:
     if log_json:
         print(json.dumps({"event": "status", **status.values()}), flush=True)
         return
-    console = Console()
+    console = output_console()
     found = ", ".join(f"{n} {what}" for what, n in sorted(status.videos.items(), key=lambda item: -item[1]))
     dropped = f"; {status.num_dropped_frames} frames dropped at the ends" if status.num_dropped_frames else ""
-    console.print(f"\n{status.cache}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"videos: {found or 'none'}{dropped}; {status.num_shards} shards", highlight=False)
+    console.print(f"\n{status.cache}", markup=False, soft_wrap=True)
+    console.print(f"videos: {found or 'none'}{dropped}; {status.num_shards} shards")
     console.print(_product_table(status))
     for product in status.products:
         if product.missing:
@@ -109,9 +109,8 @@ def show_status(status: Status, *, log_json: bool) -> None:
 
 
 def _product_table(status: Status) -> Table:
-    table = Table("product", "tokenizer")
-    for column in ("planned", "committed", "failed", "files", "size", "clips/s per worker"):
-        table.add_column(column, justify="right")
+    numbers = ("planned", "committed", "failed", "files", "size", "clips/s of a worker")
+    table = new_table("product", "tokenizer", *numbers, numbers=numbers)
     for product in status.products:
         table.add_row(
             product.product,
@@ -127,7 +126,7 @@ def _product_table(status: Status) -> Table:
 
 
 def _failure_table(status: Status) -> Table:
-    table = Table("step", "failed", "reason", title="failures", title_justify="left")
+    table = new_table("step", "failed", "reason", numbers=("failed",), title="failures")
     for step, reason, number in status.failures[:SHOWN_FAILURES]:
         table.add_row(step, str(number), escape(reason))
     return table

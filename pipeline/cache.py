@@ -1,6 +1,7 @@
 """Reading a cache: SQL over everything, tokens by clip."""
 
 import mmap
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,7 @@ class TokenCache:
                 f"{folder.url}: no token cache there (no {CACHE_INFO}): make one with tokenmill run, or check the path"
             )
         self.info = CacheInfo.from_json(folder.read(CACHE_INFO), folder.uri(CACHE_INFO))
+        self._lock = threading.Lock()
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._files: OrderedDict[str, TokenFile] = OrderedDict()
 
@@ -52,14 +54,12 @@ class TokenCache:
         connection = self._connected()
         try:
             statements = connection.extract_statements(query)
-            kinds = {statement.type for statement in statements}
-            allowed = {duckdb.StatementType.SELECT, duckdb.StatementType.EXPLAIN}
-            if len(statements) != 1 or kinds - allowed:
-                found = ", ".join(sorted(kind.name for kind in kinds)) or "nothing"
+            if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
+                found = ", ".join(statement.type.name for statement in statements) or "nothing"
                 raise CacheError(f"one read-only query is accepted (select, from, describe), found: {found}")
-            return connection.cursor().execute(query, list(parameters)).to_arrow_table()
+            return self._answer(query, parameters)
         except duckdb.Error as error:
-            raise CacheError(f"the query failed: {error}") from None
+            raise CacheError(f"the query failed: {' '.join(str(error).partition(chr(10) * 2)[0].split())}") from None
 
     def clips(self, where: str = "true") -> pa.Table:
         """Clips with their video's uri and caption, filtered by an SQL condition, in the order of clip_id."""
@@ -126,17 +126,13 @@ class TokenCache:
     def _locate(self, product: str, clip_ids: Sequence[str]) -> pa.Table:
         """File and row of every clip asked, in the order asked."""
         asked = pa.table({"position": range(len(clip_ids)), "clip": pa.array(clip_ids, pa.string())})
-        connection = self._connected().cursor()
-        connection.register("asked", asked)
-        try:
-            places: pa.Table = connection.execute(
-                """select clip, name, row_in_file from asked a
-                   left join (from locations where product = ?) l on l.clip_id = try_cast(a.clip as uuid)
-                   order by position""",
-                [product],
-            ).to_arrow_table()
-        finally:
-            connection.unregister("asked")
+        places = self._answer(
+            """select clip, name, row_in_file from asked a
+               left join (from locations where product = ?) l on l.clip_id = try_cast(a.clip as uuid)
+               order by position""",
+            [product],
+            asked=asked,
+        )
         missing = places.filter(places["name"].is_null())["clip"].to_pylist()
         if missing:
             raise CacheError(
@@ -144,6 +140,18 @@ class TokenCache:
                 f' missing): tokenmill sql CACHE "select clip_id from clips" lists clips, "from failures" the failed'
             )
         return places
+
+    def _answer(self, query: str, parameters: Sequence[Any], **tables: pa.Table) -> pa.Table:
+        """The answer of one query, which may also use the Arrow `tables` given; one at a time, from any thread."""
+        connection = self._connected()
+        with self._lock:
+            for name, table in tables.items():
+                connection.register(name, table)
+            try:
+                return connection.sql(query, params=list(parameters)).to_arrow_table()
+            finally:
+                for name in tables:
+                    connection.unregister(name)
 
     def _open(self, name: str, *, verify: bool) -> TokenFile:
         file = self._files.get(name)

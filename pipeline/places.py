@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote
 
 import fsspec
 from fsspec.core import has_magic
+from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.errors import SourceError, TokenmillError
 
@@ -171,7 +172,7 @@ def files_at(path: str, extensions: tuple[str, ...]) -> list[StoredFile]:
 
 def _glob(filesystem: Any, root: str, path: str) -> list[StoredFile]:
     """The files that the glob `root` matches."""
-    matches = {name: info for name, info in filesystem.glob(root, detail=True).items()}
+    matches = filesystem.glob(root, detail=True)
     found = [
         _listed(_uri(filesystem, name), info)
         for name, info in matches.items()
@@ -200,7 +201,7 @@ def _folder(filesystem: Any, root: str, path: str, extensions: tuple[str, ...]) 
 
 def _walk(filesystem: Any, root: str) -> Iterator[tuple[str, Mapping[str, Any] | None]]:
     """Every visible file below `root`, with what a listing says of it; local files are asked one by one."""
-    if "file" not in filesystem.protocol:
+    if not isinstance(filesystem, LocalFileSystem):
         for name, info in filesystem.find(root, detail=True).items():
             if not name.endswith("/") and not _is_hidden(name, root):
                 yield name, info
@@ -225,7 +226,7 @@ def _is_hidden(name: str, root: str) -> bool:
 
 
 def _uri(filesystem: Any, name: str) -> str:
-    return name if "file" in filesystem.protocol else str(filesystem.unstrip_protocol(name))
+    return name if isinstance(filesystem, LocalFileSystem) else str(filesystem.unstrip_protocol(name))
 
 
 def _by_uri(file: StoredFile) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..schemas.clip import Clip, ClipFailure, ClipFrames
 from ..schemas.digest import digest_of_stream
-from ..schemas.errors import DecodeError, TokenmillError
+from ..schemas.errors import DecodeError, StorageError, TokenmillError
 from ..schemas.shard import ShardManifest, ShardProgress, ShardReceipt, ShardTask
 from .decode import FrameDecoder
 from .fetch import local_file
@@ -53,6 +53,8 @@ def decode_clips(clips: Sequence[Clip], decoder: FrameDecoder) -> Iterator[ClipF
                 for result in decoder.decode(path, list(waiting.values())):
                     waiting.pop(result.clip_id if isinstance(result, ClipFailure) else result.clip.clip_id)
                     yield result
+        except StorageError:
+            raise  # our own disk, not the video
         except (TokenmillError, OSError) as error:
             for clip_id in waiting:
                 yield ClipFailure(clip_id=clip_id, step="decode", reason=str(error))

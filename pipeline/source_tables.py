@@ -42,7 +42,10 @@ def list_table(source: TableSource) -> pa.Table:
 
 def list_bytes(source: BytesSource) -> pa.Table:
     """The videos in a binary column of Parquet files, in SOURCE_SCHEMA, without reading the videos."""
-    return pa.concat_tables(_cell_rows(file, source) for file in files_at(source.path, ("parquet",)))
+    videos = pa.concat_tables(_cell_rows(file, source) for file in files_at(source.path, ("parquet",)))
+    if not videos.num_rows:
+        raise SourceError(f"{source.path}: the Parquet files have no rows: name others, or fill them")
+    return videos
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +94,7 @@ def _cell_rows(file: StoredFile, source: BytesSource) -> pa.Table:
             )
         rows = _split(parquet.read(columns=_readable(schema)), (source.caption_column, "sha256", *NUMBERS), file.uri)
     # Padded, so that the order of URIs is the order of rows, and neighbours are read from one row group.
-    numbers = pc.utf8_lpad(pa.array(range(num_rows)).cast(pa.string()), len(str(num_rows)), "0")
+    numbers = pc.utf8_lpad(pa.array(range(num_rows), pa.int64()).cast(pa.string()), len(str(num_rows)), "0")
     uris = pc.binary_join_element_wise(cell_uri_prefix(file.uri, source.video_column), numbers, "")
     columns = _described(rows, file.uri, source.caption_column)
     return _source_table({"uri": uris, "stamp": pa.repeat(file.stamp, num_rows), **columns})

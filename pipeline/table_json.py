@@ -68,8 +68,8 @@ def _select(expression: str, records: pa.Table | pa.ChunkedArray, what: str) -> 
     table = records if isinstance(records, pa.Table) else pa.table({"record": records})
     with duckdb.connect(config=DUCKDB_CONFIG) as connection:
         connection.execute("set TimeZone = 'UTC'")  # the same text on every machine
-        connection.register("records", table)
         try:
+            connection.register("records", table)
             result = connection.sql(f"select {expression} as value from records").to_arrow_table()
         except duckdb.Error as error:
             reason = " ".join(str(error).split())

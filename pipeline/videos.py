@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..schemas.digest import digest_of, digest_of_stream
-from ..schemas.errors import TokenmillError
+from ..schemas.errors import StorageError, TokenmillError
 from .fetch import local_file
 from .probe import probe_video
 
@@ -81,6 +81,8 @@ def _probed(row: dict) -> VideoFacts:
                 with open(path, "rb") as stream:
                     digest, size_bytes = digest_of_stream(stream)
             probe = probe_video(path)
+    except StorageError:
+        raise  # our own disk, not the video
     except (TokenmillError, OSError) as error:
         return _facts(row, video_id=digest or f"uri:{digest_of(row['uri'])}", size_bytes=size_bytes, reason=str(error))
     return _facts(

@@ -70,7 +70,8 @@ def _codes_function(layout: TokenLayout) -> Callable[..., pa.Array]:
         offsets = np.arange(len(columns[0]) + 1, dtype=np.int32) * layout.num_values
         return pa.ListArray.from_arrays(offsets, values)
 
-    return codes
+    # DuckDB counts the parameters of the function that it is given.
+    return (lambda low, high: codes(low, high)) if layout.high_bits else (lambda low: codes(low))
 
 
 def _bytes_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

@@ -63,15 +63,21 @@ def _both_signs(*values: int) -> tuple[int, ...]:
     return tuple(-v for v in reversed(values)) + values
 
 
+# Near the optimum on real clips (docs/benchmarks.md), with chroma drawn wide so that vivid colours keep their hue.
 _FINE = {
     "y": tuple(range(4, 256, 8)),
-    "y_time": _both_signs(1, 11, 33, 66),
-    "y_row": _both_signs(3, 25),
+    "y_time": _both_signs(1, 36),
+    "y_row": _both_signs(2, 10, 24, 46),
     "y_column": _both_signs(2, 10, 26, 52),
-    "co": (-40, -20, -7, 1, 8, 18, 37, 58),
-    "cg": (-16, 0, 12, 34),
+    "co": (-72, -30, -10, 1, 9, 19, 40, 72),
+    "cg": (-36, 0, 14, 38),
 }
-_COARSE = _FINE | {"y_time": _both_signs(1, 38), "y_column": _both_signs(4, 29), "cg": (0, 30)}
+_COARSE = _FINE | {
+    "y_row": _both_signs(3, 25),
+    "y_column": _both_signs(4, 29),
+    "co": (-30, 0, 13, 50),
+    "cg": (-30, 0, 14, 38),
+}
 VARIANTS = {
     "488_262144": Variant(stride_thw=(4, 8, 8), levels=_FINE),
     "488_32768": Variant(stride_thw=(4, 8, 8), levels=_COARSE),
@@ -88,7 +94,7 @@ class DctFsq:
             near = did_you_mean(variant, list(VARIANTS))
             raise TokenizerError(f"dct_fsq has no variant {variant!r}{near}: accepted are {', '.join(VARIANTS)}")
         table = VARIANTS[variant]
-        self.codebook_size = table.codebook_size
+        self._codebook_size = table.codebook_size
         self.spec = TokenizerSpec(
             name=f"dct_fsq/{variant}", kind="discrete", codebook_size=table.codebook_size, latent_dim=None,
             stride_thw=table.stride_thw, weights_sha256=None, dtype="float32",
@@ -135,9 +141,9 @@ class DctFsq:
                 f" of shape {tuple(tokens.shape)}: pass them as encode returns them"
             )
         codes_Bthw = tokens.to(self._device, torch.int64)
-        if codes_Bthw.numel() and not 0 <= codes_Bthw.min() <= codes_Bthw.max() < self.codebook_size:
+        if codes_Bthw.numel() and not 0 <= codes_Bthw.min() <= codes_Bthw.max() < self._codebook_size:
             raise TokenizerError(
-                f"{self.spec.name} decodes codes from 0 to {self.codebook_size - 1}, found"
+                f"{self.spec.name} decodes codes from 0 to {self._codebook_size - 1}, found"
                 f" {int(codes_Bthw.min())} to {int(codes_Bthw.max())}: decode with the tokenizer that made them"
             )
         sizes = [g * stride for g, stride in zip(codes_Bthw.shape[1:], self.spec.stride_thw, strict=True)]
@@ -168,7 +174,7 @@ class DctFsq:
             slopes = [_stretched(other, axis, kernels.flat) for other in slopes]
             co, cg = _stretched(co, axis, kernels.line), _stretched(cg, axis, kernels.line)
         frames_THWC = torch.stack((luma + co - cg, luma + cg, luma - co - cg), dim=-1)
-        return (frames_THWC + 0.5).clamp(0, 255).to(torch.uint8)
+        return frames_THWC.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
 def _cosine(length: int) -> list[int]:
