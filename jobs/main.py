@@ -55,13 +55,14 @@ def run(
         return print_schema()
     if recipe is None:
         raise typer.BadParameter("give a recipe, or --schema")
-    from .display import showing
     from .recipes import load_recipe
-    from .run import run_recipe
 
     chosen = [f"executor.kind={executor}"] if executor else []
     chosen += ["executor.kind=ray", f"executor.address={address}"] if address else []
     loaded = load_recipe(recipe, [*(overrides or []), *chosen])
+    from .display import showing
+    from .run import run_recipe  # only now: a wrong recipe is told before torch is loaded
+
     with showing(log_json=log_json) as display:
         status = run_recipe(loaded, display)
     from .status import show_status

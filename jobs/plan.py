@@ -60,7 +60,7 @@ def update_plans(recipe: Recipe, folder: Folder, display: Display) -> list[Plan]
     if tables.videos.num_rows:
         name = write_plan(folder, tables)
         display.event("plan", file=name, clips=tables.clips.num_rows, **Counter(tables.videos["status"].to_pylist()))
-        left_out = [row for row in tables.videos.to_pylist() if row["status"] != "planned"]
+        left_out = [row for row in tables.videos.sort_by("uri").to_pylist() if row["status"] != "planned"]
         for row in left_out[:SHOWN_VIDEOS]:
             display.event(row["status"], video=row["uri"], reason=row["reason"])
         if len(left_out) > SHOWN_VIDEOS:

@@ -34,6 +34,16 @@ class ProductStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FailureCount:
+    """How many clips or videos failed for one reason, and a video among them."""
+
+    step: str
+    reason: str
+    n: int
+    uri: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """The account of a whole cache."""
 
@@ -42,7 +52,7 @@ class Status:
     num_dropped_frames: int
     num_shards: int
     products: list[ProductStatus]
-    failures: list[tuple[str, str, int]]
+    failures: list[FailureCount]
 
     @property
     def exit_code(self) -> int:
@@ -72,15 +82,15 @@ def read_status(uri: str) -> Status:
         from products p left join done using (product) left join sizes using (product), planned
         order by p.product""")
     failures = cache.sql("""
-        select step, reason, count(distinct coalesce(clip_id, video_id)) as n from failures
-        group by 1, 2 order by n desc, step, reason""")
+        select step, reason, count(distinct coalesce(clip_id, uri)) as n, min(uri) as uri from failures
+        group by 1, 2 order by n desc, step, uri, reason""")
     return Status(
         cache=cache.folder.url,
         videos=dict(zip(videos["status"].to_pylist(), videos["n"].to_pylist(), strict=True)),
         num_dropped_frames=int(sum(videos["dropped"].to_pylist())),
         num_shards=cache.sql("select count(*) as n from plan_shards")["n"][0].as_py(),
         products=[ProductStatus(**row) for row in products.to_pylist()],
-        failures=[(row["step"], row["reason"], row["n"]) for row in failures.to_pylist()],
+        failures=[FailureCount(**row) for row in failures.to_pylist()],
     )
 
 
@@ -126,7 +136,8 @@ def _product_table(status: Status) -> Table:
 
 
 def _failure_table(status: Status) -> Table:
-    table = new_table("step", "failed", "reason", numbers=("failed",), title="failures")
-    for step, reason, number in status.failures[:SHOWN_FAILURES]:
-        table.add_row(step, str(number), escape(reason))
+    table = new_table("step", "failed", "reason", "for instance", numbers=("failed",), title="failures")
+    for failure in status.failures[:SHOWN_FAILURES]:
+        video = failure.uri.rpartition("/")[2]
+        table.add_row(failure.step, str(failure.n), escape(failure.reason), escape(video))
     return table

@@ -1,27 +1,25 @@
 """Probing: which frames a video shows and when, from its packets alone wherever that is certain."""
 
-import os
-from collections.abc import Iterator
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
 import av
 import av.container
-import av.logging
-import av.stream
 import av.video
 import numpy as np
+from av.error import FFmpegError
 
 from ..schemas.errors import DecodeError
+from .video_stream import best_stream, is_mirrored, one_line, open_container, seconds, upright
 
 # In these containers a packet is a frame and says when it is shown; elsewhere fields, hidden frames and absent
 # times have to be reckoned with, and the video is decoded once to learn its times.
 INDEXED_FORMATS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "flv", "gif"})
 HIDDEN_FRAME_CODECS = frozenset({"vp8"})
+MISSING_S = 1.0  # heads round, and sound may go on without pictures
 NO_TICK = -(1 << 63)
 NOT_FOR_DECORD = frozenset({"av1", "gif"})
-
-av.logging.set_level(None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +28,8 @@ class VideoProbe:
 
     `fps` is the average rate, `width` and `height` are as displayed, after rotation. `decoder` is the one that
     ``auto`` takes. A reader may start at any of the K key frames: `key_frames_K` is the first frame shown from
-    there on, `key_pts_K` and `key_dts_K` name its packet in the stream's own ticks. Where `is_indexed` is false
+    there on, `key_pts_K` names its packet and `key_seek_pts_K` a place no
+    later in the file, both in the stream's own ticks. Where `is_indexed` is false
     the first frame is the only start, and frames are known by counting.
     """
 
@@ -44,7 +43,7 @@ class VideoProbe:
     is_indexed: bool
     key_frames_K: np.ndarray
     key_pts_K: np.ndarray
-    key_dts_K: np.ndarray
+    key_seek_pts_K: np.ndarray
 
     def __post_init__(self) -> None:
         if not len(self.pts_s) or not (np.diff(self.pts_s) > 0).all() or not self.end_s > self.pts_s[-1]:
@@ -62,66 +61,24 @@ def probe_video(path: str) -> VideoProbe:
         with open_container(path) as container:
             stream = best_stream(container)
             packets = _read_packets(container, stream)
+            _refuse_cut_short(path, container, stream, packets)
             if packets.are_frames(container.format.name, stream.codec_context.codec.canonical_name):
                 return _from_packets(packets, stream)
+            if packets.is_corrupt:
+                raise DecodeError("damaged: packets are cut short or garbled")
         with open_container(path) as container:
             return _from_frames(container, best_stream(container))
-    except av.FFmpegError as error:
+    except FFmpegError as error:
         raise DecodeError(f"damaged: {one_line(error)}") from error
-
-
-def open_container(path: str) -> av.container.InputContainer:
-    """The opened file; DecodeError where it is no video file."""
-    try:
-        # Tags in any encoding are no reason to refuse a video.
-        return av.open(path, metadata_errors="replace")
-    except av.FFmpegError as error:
-        raise DecodeError(f"not a readable video: {_first_look(path) or one_line(error)}") from error
-
-
-def best_stream(container: av.container.InputContainer) -> av.video.VideoStream:
-    """The stream that the ffmpeg command line takes, on one thread; DecodeError where there is none."""
-    stream = container.streams.best("video")
-    if not isinstance(stream, av.video.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:
-        kinds = ", ".join(sorted({other.type or "unknown" for other in container.streams})) or "nothing"
-        raise DecodeError(f"no video stream: the file holds {kinds}{' (cover art)' if stream else ''}")
-    stream.codec_context.thread_count = 1  # processes are the parallelism
-    return stream
-
-
-def one_line(error: Exception) -> str:
-    """The decoder's own words, without the place in its source."""
-    words = (error.strerror if isinstance(error, av.FFmpegError) else None) or str(error)
-    return words.strip().split("\n")[0].rstrip(" .:") or type(error).__name__
-
-
-def seconds(ticks: int, stream: av.video.VideoStream) -> float:
-    """`ticks` of the stream's clock in seconds, rounded once."""
-    if stream.time_base is None:
-        raise DecodeError("the stream has no clock")
-    return ticks * stream.time_base.numerator / stream.time_base.denominator
-
-
-def _first_look(path: str) -> str:
-    """What the head of an unreadable file tells about it."""
-    if not os.path.exists(path):
-        return "the file does not exist"
-    with open(path, "rb") as stream:
-        head = stream.read(512).lstrip()
-    if not head:
-        return "the file is empty" if not os.path.getsize(path) else "the file is blank"
-    if head[:1] == b"<":
-        return f"the file is a page of markup ({head[:15].decode('ascii', 'replace')!r})"
-    return "an MP4 file without its index (moov), probably cut short" if head[4:8] == b"ftyp" else ""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Packets:
     """The packets of a stream, in file order, in few bytes each, and the first frame that they give."""
 
-    pts: array[int] = field(default_factory=lambda: array("q"))
-    dts: array[int] = field(default_factory=lambda: array("q"))
-    durations: array[int] = field(default_factory=lambda: array("q"))
+    pts: "array[int]" = field(default_factory=lambda: array("q"))
+    dts: "array[int]" = field(default_factory=lambda: array("q"))
+    durations: "array[int]" = field(default_factory=lambda: array("q"))
     is_key: bytearray = field(default_factory=bytearray)
     is_shown: bytearray = field(default_factory=bytearray)
     is_corrupt: bool = False
@@ -132,7 +89,7 @@ class _Packets:
         if container not in INDEXED_FORMATS or codec in HIDDEN_FRAME_CODECS:
             return False
         pts = np.sort(np.array(self.pts))
-        if pts[0] == NO_TICK or min(self.dts) == NO_TICK or not np.diff(pts).all():
+        if pts[0] == NO_TICK or not np.diff(pts).all():
             return False
         return bool(self.is_key[0]) and pts[0] == self.pts[0]
 
@@ -150,17 +107,40 @@ def _read_packets(container: av.container.InputContainer, stream: av.video.Video
         if packets.first_frame is None:
             try:
                 packets.first_frame = next(iter(packet.decode()), None)  # pyright: ignore[reportAttributeAccessIssue]
-            except av.FFmpegError as error:
+            except FFmpegError as error:
                 last_error = one_line(error)
     if packets.first_frame is None or not any(packets.is_shown):
         raise DecodeError(f"no frame can be decoded: {last_error}")
-    num_listed = len(stream.index_entries) if container.format.name.startswith("mov") else 0
-    if num_listed > len(packets.pts) and not packets.is_corrupt:
-        raise DecodeError(f"cut short: its index lists {num_listed} frames, the file holds {len(packets.pts)}")
     return packets
 
 
+def _refuse_cut_short(
+    path: str, container: av.container.InputContainer, stream: av.video.VideoStream, packets: _Packets
+) -> None:
+    """DecodeError where the file's head promises more than there is, and no packet is marked as damaged.
+
+    With a damaged packet the clips that lack its frame fail, and those before come out.
+    """
+    if packets.is_corrupt:
+        return
+    if container.format.name.startswith("mov") and len(stream.index_entries) > len(packets.pts):
+        raise DecodeError(
+            f"cut short: its index lists {len(stream.index_entries)} frames, the file holds {len(packets.pts)}"
+        )
+    if container.format.name.startswith("matroska") and container.duration:
+        promised_s = container.duration / av.time_base
+        if seconds(max(packets.pts), stream) < promised_s - MISSING_S and _end_s(path) < promised_s - MISSING_S:
+            raise DecodeError(f"cut short: its head promises {promised_s:.3f} s, the file ends at {_end_s(path):.3f} s")
+
+
+def _end_s(path: str) -> float:
+    """When the last packet of any stream begins."""
+    with open_container(path) as container:
+        return max(float(packet.pts * packet.time_base) for packet in container.demux() if packet.pts is not None)
+
+
 def _from_packets(packets: _Packets, stream: av.video.VideoStream) -> VideoProbe:
+    assert packets.first_frame is not None
     pts, dts = np.array(packets.pts), np.array(packets.dts)
     is_shown, is_key = np.array(packets.is_shown, bool), np.array(packets.is_key, bool)
     order = np.argsort(pts[is_shown])
@@ -168,8 +148,17 @@ def _from_packets(packets: _Packets, stream: av.video.VideoStream) -> VideoProbe
     last_duration = int(np.array(packets.durations)[is_shown][order][-1])
     key_order = np.argsort(pts[is_key])
     key_pts, key_dts = pts[is_key][key_order], dts[is_key][key_order]
+    # Matroska has no decoding times.
+    key_seek_pts = np.where(key_dts == NO_TICK, key_pts, np.minimum(key_pts, key_dts))
     codec = stream.codec_context.codec.canonical_name
-    is_plain = is_shown.all() and not packets.is_corrupt and shown_pts[0] >= 0 and codec not in NOT_FOR_DECORD
+    is_plain = (
+        is_shown.all()
+        and shown_pts[0] >= 0
+        and not packets.is_corrupt
+        and not _has_open_groups(pts, is_key)
+        and not is_mirrored(packets.first_frame)
+        and codec not in NOT_FOR_DECORD
+    )
     return _probe(
         stream,
         packets.first_frame,
@@ -177,8 +166,14 @@ def _from_packets(packets: _Packets, stream: av.video.VideoStream) -> VideoProbe
         last_duration_s=seconds(last_duration, stream),
         decoder="decord" if is_plain else "pyav",
         is_indexed=True,
-        keys=(np.searchsorted(shown_pts, key_pts), key_pts, key_dts),
+        keys=(np.searchsorted(shown_pts, key_pts), key_pts, key_seek_pts),
     )
+
+
+def _has_open_groups(pts: np.ndarray, is_key: np.ndarray) -> bool:
+    """Whether frames that come behind a key frame are shown before it: decord miscounts those after a jump."""
+    last_key = np.maximum.accumulate(np.where(is_key, np.arange(len(pts)), 0))
+    return bool((pts < pts[last_key]).any())
 
 
 def _from_frames(container: av.container.InputContainer, stream: av.video.VideoStream) -> VideoProbe:
@@ -203,7 +198,7 @@ def _from_frames(container: av.container.InputContainer, stream: av.video.VideoS
 
 def _probe(
     stream: av.video.VideoStream,
-    frame: av.VideoFrame | None,
+    frame: av.VideoFrame,
     *,
     pts_s: np.ndarray,
     last_duration_s: float,
@@ -211,8 +206,7 @@ def _probe(
     is_indexed: bool,
     keys: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> VideoProbe:
-    assert frame is not None
-    is_upright = frame.rotation % 180 == 0
+    shape_HW = upright(np.empty((frame.height, frame.width)), frame).shape
     rate = float(stream.average_rate) if stream.average_rate else None
     if last_duration_s <= 0:
         last_duration_s = float(np.median(np.diff(pts_s))) if len(pts_s) > 1 else 1 / (rate or 1.0)
@@ -222,14 +216,14 @@ def _probe(
         pts_s=pts_s,
         end_s=end_s,
         fps=rate or len(pts_s) / (end_s - float(pts_s[0])),
-        width=frame.width if is_upright else frame.height,
-        height=frame.height if is_upright else frame.width,
+        width=shape_HW[1],
+        height=shape_HW[0],
         codec=stream.codec_context.codec.canonical_name,
         decoder=decoder,
         is_indexed=is_indexed,
         key_frames_K=keys[0],
         key_pts_K=keys[1],
-        key_dts_K=keys[2],
+        key_seek_pts_K=keys[2],
     )
 
 

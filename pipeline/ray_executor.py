@@ -1,20 +1,25 @@
 """The Ray executor: token workers as actors, one shard at a time each. The only file that imports Ray."""
 
+import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+# Ray reads these when it is imported.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import ray
+import ray.exceptions
 
 from ..schemas.errors import TokenmillError
 from ..schemas.recipe import ExecutorSection
 from ..schemas.shard import ShardProgress, ShardReceipt, ShardTask
 from .executors import MakeWorker
 from .shard import process_shard
+
+log = logging.getLogger(__name__)
 
 
 class TokenWorker:
@@ -25,7 +30,7 @@ class TokenWorker:
 
     @ray.method(num_returns="streaming")
     def process(self, task: ShardTask) -> Any:
-        """Make one shard; only plans and receipts cross Ray."""
+        """Make one shard; only plans, progress and receipts cross Ray."""
         yield from process_shard(task, self._worker)
 
 
@@ -36,67 +41,70 @@ class RayExecutor:
         self._section = section
 
     def run(self, tasks: Iterable[ShardTask], make_worker: MakeWorker) -> Iterator[ShardProgress | ShardReceipt]:
-        started_here = not ray.is_initialized()
-        if started_here:
-            self._connect()
+        """Make every task; a Ray that is started here is stopped at the end. Without a task none is started."""
+        todo = iter(tasks)
+        first = next(todo, None)
+        if first is None:
+            return
+        self._connect()
         try:
-            yield from self._dispatch(iter(tasks), make_worker)
+            yield from self._dispatch(first, todo, make_worker)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause or error from None
+        except ray.exceptions.ActorDiedError as error:
+            raise TokenmillError(
+                f"a token worker died ({' '.join(str(error).split())[:300]}): what was committed is kept,"
+                f" run the recipe again to resume"
+            ) from error
         finally:
-            if started_here:
-                ray.shutdown()
+            ray.shutdown()
 
     def _connect(self) -> None:
         section = self._section
-        options: dict[str, Any] = {"address": section.address, "log_to_driver": False}
+        options: dict[str, Any] = {"address": section.address, "log_to_driver": False, "logging_level": logging.ERROR}
         if section.address == "local":
-            options |= {
-                "include_dashboard": False,
-                "num_cpus": max(1, int(section.workers * section.cpus_per_worker)),
-            }
-            if section.gpus_per_worker:
-                options["num_gpus"] = None
+            num_cpus = max(1, round(section.workers * section.cpus_per_worker))
+            options |= {"include_dashboard": False, "num_cpus": num_cpus}
         try:
-            ray.init(logging_level=logging.ERROR, **{k: v for k, v in options.items() if v is not None})
+            ray.init(**options)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise TokenmillError(
-                f"executor.address={section.address!r}: no Ray answers there ({error}):"
+                f"executor.address={section.address!r}: no Ray answers there ({' '.join(str(error).split())[:200]}):"
                 f" give the address of a running cluster, auto, or local"
             ) from error
 
-    def _dispatch(self, tasks: Iterator[ShardTask], make_worker: MakeWorker) -> Iterator[ShardProgress | ShardReceipt]:
+    def _num_workers(self) -> int:
+        """As many workers as were asked for and as Ray has room for; TokenmillError where there is room for none."""
+        section, found = self._section, ray.cluster_resources()
+        wanted = {"CPU": section.cpus_per_worker, "GPU": section.gpus_per_worker}
+        room = min(
+            (int(found.get(kind, 0) / share) for kind, share in wanted.items() if share), default=section.workers
+        )
+        if not room:
+            has = {kind: found.get(kind, 0) for kind in wanted}
+            raise TokenmillError(f"one worker wants {wanted}, Ray at {section.address!r} has {has}: lower its shares")
+        if room < section.workers:
+            log.warning("event=fewer_workers asked=%d room=%d", section.workers, room)
+        return min(room, section.workers)
+
+    def _dispatch(
+        self, first: ShardTask, rest: Iterator[ShardTask], make_worker: MakeWorker
+    ) -> Iterator[ShardProgress | ShardReceipt]:
+        """Give every worker a task, and the next one when it is done; pass on what they report."""
         section = self._section
         actor = ray.remote(
-            num_cpus=section.cpus_per_worker,
-            num_gpus=section.gpus_per_worker,
-            max_restarts=0,
-            max_task_retries=0,
+            num_cpus=section.cpus_per_worker, num_gpus=section.gpus_per_worker, max_restarts=0, max_task_retries=0
         )(TokenWorker)
-        streams: dict[Any, Any] = {}
-        waiting: dict[Any, Any] = {}
-        for _ in range(section.workers):
-            task = next(tasks, None)
-            if task is None:
-                break
+        workers: dict[Any, Any] = {}  # by the stream of what each reports
+        for task in itertools.chain([first], itertools.islice(rest, self._num_workers() - 1)):
             worker = actor.remote(make_worker)
-            stream = worker.process.remote(task)
-            streams[worker] = stream
-        try:
-            while streams:
-                for worker, stream in streams.items():
-                    if worker not in waiting:
-                        waiting[worker] = stream
-                ready, _ = ray.wait(list(waiting.values()), num_returns=1, fetch_local=False)
-                for worker in [w for w, stream in waiting.items() if stream in ready]:
-                    del waiting[worker]
-                    try:
-                        value = ray.get(next(streams[worker]))
-                    except StopIteration:
-                        del streams[worker]
-                        task = next(tasks, None)
-                        if task is not None:
-                            streams[worker] = worker.process.remote(task)
-                        continue
-                    yield value
-        finally:
-            for worker in list(streams):
-                ray.kill(worker)
+            workers[worker.process.remote(task)] = worker
+        while workers:
+            (stream, *_), _ = ray.wait(list(workers), num_returns=1)
+            try:
+                yield ray.get(next(stream))
+            except StopIteration:
+                worker = workers.pop(stream)
+                task = next(rest, None)
+                if task is not None:
+                    workers[worker.process.remote(task)] = worker

@@ -1,8 +1,6 @@
 """Small jobs over real footage, run through the real command line."""
 
 import importlib.util
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from tokenmill.jobs.main import main
 
 
 @pytest.fixture(scope="session")
@@ -35,15 +35,16 @@ Command = Callable[..., Run]
 
 
 @pytest.fixture
-def tokenmill(tmp_path: Path) -> Command:
-    """Runs a tokenmill command line in a process of its own."""
+def tokenmill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """Runs a tokenmill command line in the test's folder."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str, cwd: Path | None = None) -> Run:
-        command = [sys.executable, "-c", "from tokenmill.jobs.main import main; main()", *arguments]
-        environment = os.environ | {"PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(command, capture_output=True, text=True, cwd=cwd or tmp_path, env=environment, check=False)
-        assert "Traceback" not in done.stderr, done.stderr
-        return Run(code=done.returncode, out=done.stdout, err=done.stderr)
+    def run(*arguments: str) -> Run:
+        monkeypatch.setattr(sys, "argv", ["tokenmill", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capfd.readouterr()
+        return Run(code=int(ended.value.code or 0), out=captured.out, err=captured.err)
 
     return run
 

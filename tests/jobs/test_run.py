@@ -106,7 +106,9 @@ def test_adding_a_product_makes_only_its_files(
     assert added
     assert all(name.startswith("tokens/dct/") for name in added)
     kept = {name: digest for name, digest in data_in(tmp_path / "cache").items() if name in before}
-    assert {n: d for n, d in kept.items() if n != "cache.json"} == {n: d for n, d in before.items() if n != "cache.json"}
+    assert {n: d for n, d in kept.items() if n != "cache.json"} == {
+        n: d for n, d in before.items() if n != "cache.json"
+    }
 
 
 def test_new_videos_give_new_shards_and_leave_the_old_ones(
@@ -122,7 +124,9 @@ def test_new_videos_give_new_shards_and_leave_the_old_ones(
     assert {name: after[name] for name in before if name != "plan/stamps.parquet"} == {
         name: digest for name, digest in before.items() if name != "plan/stamps.parquet"
     }
-    counts = tokenmill("sql", "cache", "select count(*) as n, count(distinct clip_id) as d from clips", "--format", "csv")
+    counts = tokenmill(
+        "sql", "cache", "select count(*) as n, count(distinct clip_id) as d from clips", "--format", "csv"
+    )
     assert counts.out == "n,d\n62,62\n"
 
 
@@ -138,7 +142,9 @@ def test_a_broken_video_is_a_row_and_the_rest_completes(
     failures = [json.loads(line) for line in rows.splitlines()]
     assert [Path(row["uri"]).name for row in failures] == ["broken.mp4", "empty.mp4"]
     assert all(row["step"] == "probe" and row["reason"] for row in failures)
-    status = tokenmill("sql", "cache", "select status, count(*) as n from videos group by 1 order by 1", "--format", "csv")
+    status = tokenmill(
+        "sql", "cache", "select status, count(*) as n from videos group by 1 order by 1", "--format", "csv"
+    )
     assert status.out == "status,n\nduplicate,1\nfailed,2\nplanned,2\n"
 
 
@@ -239,7 +245,9 @@ def test_a_folder_with_other_files_is_not_taken_for_a_cache(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_target_is_said(tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path) -> None:
+def test_a_read_only_target_is_said(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path
+) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     done = tokenmill("run", write_recipe([videos]), "--set", f"cache={tmp_path / 'locked' / 'cache'}")
     assert (done.code, "permission denied: choose another place" in done.err) == (1, True)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from tokenmill.pipeline.cut import Cut, cut_video, nearest
 from tokenmill.schemas.recipe import ClipsSection
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from tokenmill.pipeline.plan import Plan, make_plan, plans_of, read_table, remember_stamps, unseen, write_plan
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.videos import VideoFacts, read_facts
@@ -169,7 +170,12 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
     new = pa.Table.from_pylist([{"uri": "/b", "stamp": "2", "video_id": "y"}], schema=STAMP_SCHEMA)
     remember_stamps(folder, old, new)
     stamps = read_table(folder, "plan/stamps.parquet")
-    now = [{"uri": "/a", "stamp": "1"}, {"uri": "/b", "stamp": "2"}, {"uri": "/c", "stamp": "9"}, {"uri": "/d", "stamp": "1"}]
+    now = [
+        {"uri": "/a", "stamp": "1"},
+        {"uri": "/b", "stamp": "2"},
+        {"uri": "/c", "stamp": "9"},
+        {"uri": "/d", "stamp": "1"},
+    ]
     assert unseen(listing(*now), stamps)["uri"].to_pylist() == ["/c", "/d"]
 
 

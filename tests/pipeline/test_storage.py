@@ -8,6 +8,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+
 from tokenmill.pipeline.storage import Folder, storage_errors
 from tokenmill.schemas.errors import StorageError
 

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from tokenmill.pipeline.token_file import HIGH, LOW, TokenFile, TokenLayout, from_planes, to_planes, write_token_file
 from tokenmill.schemas.errors import CacheError
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+
 from tokenmill.schemas.errors import RecipeError
 from tokenmill.schemas.recipe import Recipe, parse_recipe
 

@@ -1,0 +1,84 @@
+"""A video file as PyAV opens it: its best stream, that stream's clock, and which way up its frames are."""
+
+import os
+
+import av
+import av.container
+import av.logging
+import av.stream
+import av.video
+import numpy as np
+from av.error import FFmpegError
+from av.sidedata.sidedata import Type
+
+from ..schemas.errors import DecodeError
+
+av.logging.set_level(None)
+
+
+def open_container(path: str) -> av.container.InputContainer:
+    """The opened file; DecodeError where it is no video file."""
+    try:
+        # Tags in any encoding are no reason to refuse a video.
+        return av.open(path, metadata_errors="replace")
+    except FFmpegError as error:
+        raise DecodeError(f"not a readable video: {_first_look(path) or one_line(error)}") from error
+
+
+def best_stream(container: av.container.InputContainer) -> av.video.VideoStream:
+    """The stream that the ffmpeg command line takes, on one thread; DecodeError where there is none."""
+    stream = container.streams.best("video")
+    if not isinstance(stream, av.video.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:
+        kinds = ", ".join(sorted({other.type or "unknown" for other in container.streams})) or "nothing"
+        raise DecodeError(f"no video stream: the file holds {kinds}{' (cover art)' if stream else ''}")
+    stream.codec_context.thread_count = 1  # processes are the parallelism
+    return stream
+
+
+def one_line(error: Exception) -> str:
+    """The decoder's own words, without the place in its source."""
+    words = (error.strerror if isinstance(error, FFmpegError) else None) or str(error)
+    return words.strip().split("\n")[0].rstrip(" .:") or type(error).__name__
+
+
+def seconds(ticks: int, stream: av.video.VideoStream) -> float:
+    """`ticks` of the stream's clock in seconds, rounded once."""
+    if stream.time_base is None:
+        raise DecodeError("the stream has no clock")
+    return ticks * stream.time_base.numerator / stream.time_base.denominator
+
+
+def upright(pixels_HW: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
+    """A view of the frame's pixels (H,W,...) turned and mirrored as its display matrix asks, by quarter turns."""
+    (a, b), (c, d) = _display_matrix(frame)
+    if abs(a) < abs(b):
+        pixels_HW, a, d = pixels_HW.swapaxes(0, 1), c, b
+    return pixels_HW[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
+
+
+def is_mirrored(frame: av.VideoFrame) -> bool:
+    """Whether the display matrix mirrors."""
+    (a, b), (c, d) = _display_matrix(frame)
+    return a * d - b * c < 0
+
+
+def _display_matrix(frame: av.VideoFrame) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How a step to the right and a step down in the picture point on the screen."""
+    data = frame.side_data.get(Type.DISPLAYMATRIX)  # pyright: ignore[reportCallIssue, reportArgumentType]
+    if data is None:
+        return (1, 0), (0, 1)
+    matrix = np.frombuffer(memoryview(data), np.int32).tolist()
+    return (matrix[0], matrix[1]), (matrix[3], matrix[4])
+
+
+def _first_look(path: str) -> str:
+    """What the head of an unreadable file tells about it."""
+    if not os.path.exists(path):
+        return "the file does not exist"
+    with open(path, "rb") as stream:
+        head = stream.read(512).lstrip()
+    if not head:
+        return "the file is empty" if not os.path.getsize(path) else "the file is blank"
+    if head[:1] == b"<":
+        return f"the file is a page of markup ({head[:15].decode('ascii', 'replace')!r})"
+    return "an MP4 file without its index (moov), probably cut short" if head[4:8] == b"ftyp" else ""
