@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from tokenmill.pipeline.plan import Plan, make_plan, write_plan
 from tokenmill.pipeline.sources import list_sources
 from tokenmill.pipeline.storage import Folder

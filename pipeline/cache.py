@@ -109,9 +109,9 @@ class TokenCache:
         planes: dict[str, np.ndarray] = {}
         layout: TokenLayout | None = None
         for name, positions in by_file.items():
-            file = self._open(name, verify=verify)
+            file = self._open(name)
             layout = file.layout
-            for column, plane in file.read_planes(rows[positions]).items():
+            for column, plane in file.read_planes(rows[positions], verify=verify).items():
                 planes.setdefault(column, np.empty((len(names), plane.shape[1]), np.uint8))[positions] = plane
         assert layout is not None
         tokens = torch.from_numpy(from_planes(planes, layout))
@@ -153,10 +153,10 @@ class TokenCache:
                 for name in tables:
                     connection.unregister(name)
 
-    def _open(self, name: str, *, verify: bool) -> TokenFile:
+    def _open(self, name: str) -> TokenFile:
         file = self._files.get(name)
         if file is None:
-            file = TokenFile(self._buffer(name), self.folder.uri(name), verify=verify)
+            file = TokenFile(self._buffer(name), self.folder.uri(name))
             self._files[name] = file
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)

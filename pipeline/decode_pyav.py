@@ -57,7 +57,7 @@ class _Reader:
         self._container, self._probe = container, probe
         self._stream = best_stream(container)
         self._reformatter = VideoReformatter()
-        self._damage = "the decoder gave no such frame"
+        self._damage = "damaged or absent"
 
     def read(self, run: list[int]) -> Iterator[tuple[int, np.ndarray | str]]:
         """The frames of `run`, decoded from the key frame before the first."""
@@ -73,17 +73,22 @@ class _Reader:
             yield index, self._damage
 
     def _frames(self, key: int) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Index and frame, in the order shown, of all that can be decoded from a key frame on."""
-        counted = 0
-        for frame in self._decoded(key):
-            if self._probe.is_indexed:
-                time_s = seconds(frame.pts, self._stream) if frame.pts is not None else -np.inf
-                index = int(np.searchsorted(self._probe.pts_s, time_s))
-                if index < len(self._probe.pts_s) and self._probe.pts_s[index] == time_s:
-                    yield index, frame
-            else:
-                yield counted, frame
-                counted += 1
+        """Index and frame, in the order shown, of all that is intact from a key frame on."""
+        is_damaged = False
+        for counted, frame in enumerate(self._decoded(key)):
+            # What follows a damaged frame is predicted from it.
+            is_damaged = frame.is_corrupt or (is_damaged and not frame.key_frame)
+            index = self._index_of(frame) if self._probe.is_indexed else counted
+            if index is not None and not is_damaged:
+                yield index, frame
+
+    def _index_of(self, frame: av.VideoFrame) -> int | None:
+        """Which of the probe's frames is shown at exactly this time."""
+        if frame.pts is None:
+            return None
+        time_s = seconds(frame.pts, self._stream)
+        index = int(np.searchsorted(self._probe.pts_s, time_s))
+        return index if index < len(self._probe.pts_s) and self._probe.pts_s[index] == time_s else None
 
     def _decoded(self, key: int) -> Iterator[av.VideoFrame]:
         """Frames from a key frame on; damage drops what follows up to the next key frame."""
@@ -95,7 +100,7 @@ class _Reader:
                 # Frames shown before their key frame need pictures that are not there.
                 is_lost, first_pts = False, packet.pts
             try:
-                if packet.is_corrupt:
+                if packet.is_corrupt and self._probe.is_indexed:
                     raise DecodeError("the packet is cut short or garbled")
                 frames = packet.decode()
             except (FFmpegError, DecodeError) as error:
@@ -103,7 +108,7 @@ class _Reader:
                     raise  # nothing says which frame would be next
                 is_lost, frames = True, self._drained(packet, error)
             for frame in frames:
-                if not self._probe.is_indexed or not (frame.is_corrupt or _is_before(frame.pts, first_pts)):
+                if not (self._probe.is_indexed and _is_before(frame.pts, first_pts)):
                     yield frame
 
     def _drained(self, packet: av.Packet, error: Exception) -> list[av.VideoFrame]:

@@ -20,7 +20,7 @@ from ..schemas.recipe import ClipsSection, Recipe
 from ..schemas.shard import ShardPlan
 from ..schemas.tables import PLAN_SCHEMA, STAMP_SCHEMA, VIDEO_SCHEMA, with_format
 from .cut import Cut, cut_video
-from .storage import Folder
+from .storage import Folder, storage_errors
 from .videos import VideoFacts, regular_pts_s
 
 PLAN_FOLDER = "plan"
@@ -223,7 +223,7 @@ def _cut_shards(clips: pa.Table, recipe: Recipe) -> pa.Table:
 
 def write_plan(folder: Folder, tables: PlanTables) -> str:
     """Publish a plan into a cache; returns the name of its clips file."""
-    with folder.staging() as staging:
+    with folder.staging() as staging, storage_errors(staging):
         videos_path, clips_path = f"{staging}/videos.parquet", f"{staging}/clips.parquet"
         pq.write_table(tables.videos.cast(with_format(VIDEO_SCHEMA)), videos_path, compression="zstd")
         videos = folder.publish(videos_path, VIDEOS_PREFIX, tables.videos.num_rows)

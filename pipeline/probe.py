@@ -64,8 +64,6 @@ def probe_video(path: str) -> VideoProbe:
             _refuse_cut_short(path, container, stream, packets)
             if packets.are_frames(container.format.name, stream.codec_context.codec.canonical_name):
                 return _from_packets(packets, stream)
-            if packets.is_corrupt:
-                raise DecodeError("damaged: packets are cut short or garbled")
         with open_container(path) as container:
             return _from_frames(container, best_stream(container))
     except FFmpegError as error:

@@ -13,6 +13,7 @@ from ..schemas.shard import ShardManifest, ShardProgress, ShardReceipt, ShardTas
 from .decode import FrameDecoder
 from .fetch import local_file
 from .prefetch import prefetch
+from .storage import storage_errors
 from .store import ShardRows, write_product
 from .worker import Worker
 
@@ -96,7 +97,8 @@ def commit_shard(task: ShardTask, worker: Worker, rows: ShardRows, clock: "_Cloc
     with worker.folder.staging() as staging:
         for product in task.products:
             version = worker.fingerprints[product]
-            path = write_product(staging, product, rows, worker.encoders.get(product), version)
+            with storage_errors(staging):
+                path = write_product(staging, product, rows, worker.encoders.get(product), version)
             files = (worker.folder.publish(path, f"{product}/{shard_id}", len(rows.clips)),) if path else ()
             clock.lap("write")
             manifest = ShardManifest(

@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import StorageError
 from ..schemas.shard import SHORT_DIGEST, FileEntry
+from .places import STORE_LIBRARIES
 
 STAGING = ".staging"
 
@@ -24,8 +25,11 @@ class Folder:
     """A folder at any fsspec URL, whose files appear whole or not at all."""
 
     def __init__(self, url: str) -> None:
-        with storage_errors(url):
-            self.fs, root = fsspec.core.url_to_fs(url)
+        try:
+            with storage_errors(url):
+                self.fs, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise StorageError(f"{url}: {error}: accepted are local paths and URLs such as s3://bucket/key") from None
         self.root = str(root).rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
         self.url = self.root if self.is_local else self.fs.unstrip_protocol(self.root)
@@ -176,11 +180,11 @@ def storage_errors(place: str) -> Iterator[None]:
     """Turn what an operating system or object store says of `place` into a StorageError with a remedy."""
     try:
         yield
-    except (OSError, ImportError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in STORE_LIBRARIES:
+            raise
         number = error.errno if isinstance(error, OSError) else None
-        if number is None and isinstance(error, FileNotFoundError):
-            number = errno.ENOENT
-        if number is None and isinstance(error, PermissionError):
-            number = errno.EACCES
-        remedy = REMEDIES.get(number or 0, str(error) or type(error).__name__)
+        if number is None:  # object stores raise these without a number
+            number = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}.get(type(error))
+        remedy = REMEDIES.get(number or 0) or " ".join(str(error).split()) or type(error).__name__
         raise StorageError(f"{place}: {remedy}") from error

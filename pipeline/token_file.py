@@ -137,7 +137,8 @@ def write_token_file(
     table = pa.Table.from_arrays([*rows.columns, *columns], schema=schema)
     group = layout.rows_per_group
     checksums = {
-        name: [zlib.crc32(plane[i : i + group].data) for i in range(0, len(plane), group)] for name, plane in planes.items()
+        name: [zlib.crc32(plane[i : i + group].data) for i in range(0, len(plane), group)]
+        for name, plane in planes.items()
     }
     small = [field.name for field in rows.schema]
     with pq.ParquetWriter(
@@ -176,7 +177,7 @@ def _check_written(path: str, planes: Mapping[str, np.ndarray]) -> None:
 class TokenFile:
     """One token file, read through a buffer (a memory map, or bytes): any rows, checked on first touch."""
 
-    def __init__(self, buffer: Any, name: str, *, verify: bool = True) -> None:
+    def __init__(self, buffer: Any, name: str) -> None:
         self._name = name
         self._buffer = buffer
         try:
@@ -194,7 +195,7 @@ class TokenFile:
             raise CacheError(f"{name}: format version {version}, this tokenmill reads {FORMAT_VERSION}")
         self.layout = TokenLayout.from_json(file_metadata[LAYOUT])
         self.fingerprint = file_metadata.get(FINGERPRINT, metadata.get(FINGERPRINT, b"")).decode()
-        self._checksums: dict[str, list[int]] = json.loads(file_metadata.get(CHECKSUMS, b"{}")) if verify else {}
+        self._checksums: dict[str, list[int]] = json.loads(file_metadata.get(CHECKSUMS, b"{}"))
         self._groups = self._row_groups()
         self._group_ends = np.cumsum([self._parquet.metadata.row_group(i).num_rows for i in range(len(self._groups))])
         self.num_rows: int = self._parquet.metadata.num_rows
@@ -208,12 +209,15 @@ class TokenFile:
         small = [name for name in self._parquet.schema_arrow.names if name not in self.layout.widths]
         return self._parquet.read(columns=small)
 
-    def read(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+    def read(self, rows: Sequence[int] | np.ndarray, *, verify: bool = True) -> np.ndarray:
         """Codes (N,...) int32 or the bits of latents (N,...) of the rows asked, in their order."""
-        return from_planes(self.read_planes(np.asarray(rows, np.int64)), self.layout)
+        return from_planes(self.read_planes(np.asarray(rows, np.int64), verify=verify), self.layout)
 
-    def read_planes(self, rows_N: np.ndarray) -> dict[str, np.ndarray]:
-        """The bytes (N, width) of every token column, copied out of the buffer in the order asked."""
+    def read_planes(self, rows_N: np.ndarray, *, verify: bool = True) -> dict[str, np.ndarray]:
+        """The bytes (N, width) of every token column, copied out of the buffer in the order asked.
+
+        With `verify`, CacheError where a row group that is touched for the first time is damaged.
+        """
         if rows_N.size and (rows_N.min() < 0 or rows_N.max() >= self.num_rows):
             raise IndexError(f"{self._name} has {self.num_rows} rows, asked for {rows_N.min()} to {rows_N.max()}")
         planes = {name: np.empty((len(rows_N), width), np.uint8) for name, width in self.layout.widths.items()}
@@ -221,11 +225,11 @@ class TokenFile:
         for group in np.unique(groups_N):
             chosen = groups_N == group
             start = self._group_ends[group - 1] if group else 0
-            for name, plane in self._group_planes(int(group)).items():
+            for name, plane in self._group_planes(int(group), verify=verify).items():
                 planes[name][chosen] = plane[rows_N[chosen] - start]
         return planes
 
-    def _group_planes(self, group: int) -> dict[str, np.ndarray]:
+    def _group_planes(self, group: int, *, verify: bool) -> dict[str, np.ndarray]:
         """Views (rows, width) of a row group's token columns; checked against their digests the first time."""
         num_rows = self._parquet.metadata.row_group(group).num_rows
         planes = {}
@@ -237,7 +241,7 @@ class TokenFile:
             else:
                 plane = np.frombuffer(self._buffer, np.uint8, num_rows * width, offset)
             planes[name] = plane.reshape(num_rows, width)
-        if group not in self._checked:
+        if verify and group not in self._checked:
             self._check(group, planes)
         return planes
 

@@ -104,7 +104,9 @@ class TokensSection(Section):
     """One product of tokens: which tokenizer, and with what weights and arithmetic."""
 
     tokenizer: str = Field(min_length=1, description="family/variant, for instance dct_fsq/488_262144")
-    weights: str | None = Field(default=None, description="path or fsspec URL of the weights, where the tokenizer has any")
+    weights: str | None = Field(
+        default=None, description="path or fsspec URL of the weights, where the tokenizer has any"
+    )
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     batch_size: int = Field(default=8, ge=1, description="clips in one model call; part of the product's fingerprint")

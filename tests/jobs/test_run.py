@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from .conftest import Command
@@ -244,13 +245,52 @@ def test_a_folder_with_other_files_is_not_taken_for_a_cache(
     assert len(list(videos.iterdir())) == 2
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_target_is_said(
-    tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 100 KiB; it can be remounted larger, or read-only."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a file system takes root")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_full_disk_is_said_leaves_no_torn_file_and_the_job_resumes(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path, small_disk: Path
 ) -> None:
-    (tmp_path / "locked").mkdir(mode=0o500)
-    done = tokenmill("run", write_recipe([videos]), "--set", f"cache={tmp_path / 'locked' / 'cache'}")
-    assert (done.code, "permission denied: choose another place" in done.err) == (1, True)
+    recipe = write_recipe([videos], cache=str(small_disk / "cache"), clips={"num_frames": 8})
+    full = tokenmill("run", recipe)
+    assert full.code == 1
+    assert full.err.splitlines()[-1].endswith(
+        "the disk is full: free some space and run again, what was committed is kept"
+    )
+    assert not list(small_disk.rglob(".staging/*"))
+    for file in (small_disk / "cache").rglob("*.parquet"):
+        pq.read_table(file)
+    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
+    assert tokenmill("run", recipe).code == 0
+    assert tokenmill("verify", str(small_disk / "cache")).code == 0
+
+
+def test_a_read_only_target_is_said_and_a_read_only_cache_still_answers(
+    tokenmill: Command,
+    write_recipe: WriteRecipe,
+    videos: Path,
+    small_disk: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
+    recipe = write_recipe([videos], cache=str(small_disk / "cache"))
+    assert tokenmill("run", recipe).code == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    other = tokenmill("run", recipe, "--set", f"cache={small_disk / 'other'}")
+    assert (other.code, "the file system is read-only: choose another place" in other.err) == (1, True)
+    answer = tokenmill("sql", str(small_disk / "cache"), "select count(*) as n from clips", "--format", "csv")
+    assert answer.out == "n\n47\n"
 
 
 def test_a_clip_shorter_than_one_frame_is_a_row(tokenmill: Command, write_recipe: WriteRecipe, videos: Path) -> None:

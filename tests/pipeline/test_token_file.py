@@ -26,9 +26,9 @@ def ids(num_clips: int) -> pa.Table:
     return pa.table({"clip_id": [f"{i:032x}" for i in range(num_clips)]})
 
 
-def opened(path: Path, **options: bool) -> TokenFile:
+def opened(path: Path) -> TokenFile:
     with open(path, "rb") as stream:
-        return TokenFile(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), str(path), **options)
+        return TokenFile(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), str(path))
 
 
 @pytest.mark.parametrize("codebook_size", CODEBOOKS)
@@ -114,7 +114,7 @@ def test_a_flipped_byte_is_noticed_on_first_touch(tmp_path: Path, column: str) -
     path.write_bytes(data)
     with pytest.raises(CacheError, match=f"row group 0 of column {column} is damaged"):
         opened(path).read([0])
-    assert len(opened(path, verify=False).read([0])) == 1
+    assert len(opened(path).read([0], verify=False)) == 1
 
 
 def test_what_is_not_a_token_file_is_refused(tmp_path: Path) -> None:
