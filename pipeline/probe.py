@@ -11,7 +11,7 @@ import numpy as np
 from av.error import FFmpegError
 
 from ..schemas.errors import DecodeError
-from .video_stream import best_stream, is_mirrored, one_line, open_container, seconds, upright
+from .video_stream import best_stream, decoded, demuxed, is_mirrored, one_line, open_container, seconds, upright
 
 # In these containers a packet is a frame and says when it is shown; elsewhere fields, hidden frames and absent
 # times have to be reckoned with, and the video is decoded once to learn its times.
@@ -94,7 +94,7 @@ class _Packets:
 
 def _read_packets(container: av.container.InputContainer, stream: av.video.VideoStream) -> _Packets:
     packets, last_error = _Packets(), "the file holds no packets"
-    for packet in container.demux(stream):
+    for packet in demuxed(container, stream):
         if packet.size:
             packets.pts.append(NO_TICK if packet.pts is None else packet.pts)
             packets.dts.append(NO_TICK if packet.dts is None else packet.dts)
@@ -104,7 +104,7 @@ def _read_packets(container: av.container.InputContainer, stream: av.video.Video
             packets.is_corrupt |= packet.is_corrupt
         if packets.first_frame is None:
             try:
-                packets.first_frame = next(iter(packet.decode()), None)  # pyright: ignore[reportAttributeAccessIssue]
+                packets.first_frame = next(iter(decoded(packet)), None)
             except FFmpegError as error:
                 last_error = one_line(error)
     if packets.first_frame is None or not any(packets.is_shown):
@@ -127,14 +127,19 @@ def _refuse_cut_short(
         )
     if container.format.name.startswith("matroska") and container.duration:
         promised_s = container.duration / av.time_base
-        if seconds(max(packets.pts), stream) < promised_s - MISSING_S and _end_s(path) < promised_s - MISSING_S:
-            raise DecodeError(f"cut short: its head promises {promised_s:.3f} s, the file ends at {_end_s(path):.3f} s")
+        least_s = promised_s - MISSING_S - 2 * promised_s / len(packets.pts)
+        if seconds(max(packets.pts), stream) < least_s and (end_s := _end_s(path)) < least_s:
+            raise DecodeError(f"cut short: its head promises {promised_s:.3f} s, the file ends at {end_s:.3f} s")
 
 
 def _end_s(path: str) -> float:
-    """When the last packet of any stream begins."""
+    """When the last packet of any stream ends."""
     with open_container(path) as container:
-        return max(float(packet.pts * packet.time_base) for packet in container.demux() if packet.pts is not None)
+        return max(
+            float((packet.pts + (packet.duration or 0)) * packet.time_base)
+            for packet in demuxed(container)
+            if packet.pts is not None
+        )
 
 
 def _from_packets(packets: _Packets, stream: av.video.VideoStream) -> VideoProbe:
@@ -177,8 +182,9 @@ def _has_open_groups(pts: np.ndarray, is_key: np.ndarray) -> bool:
 def _from_frames(container: av.container.InputContainer, stream: av.video.VideoStream) -> VideoProbe:
     """By decoding every frame: slow, and right where packets and frames differ."""
     ticks, frame = [], None
-    for frame in container.decode(stream):
-        ticks.append(frame.dts if frame.pts is None else frame.pts)
+    for packet in demuxed(container, stream):
+        for frame in decoded(packet):
+            ticks.append(frame.dts if frame.pts is None else frame.pts)
     if frame is None:
         raise DecodeError("no frame can be decoded")
     rate = float(stream.average_rate or stream.guessed_rate or 0)
@@ -209,6 +215,8 @@ def _probe(
     if last_duration_s <= 0:
         last_duration_s = float(np.median(np.diff(pts_s))) if len(pts_s) > 1 else 1 / (rate or 1.0)
     end_s = float(pts_s[-1]) + last_duration_s
+    if not (np.diff(pts_s) > 0).all() or not end_s > pts_s[-1]:
+        raise DecodeError(f"its times cannot be told apart: from {pts_s[0]:g} to {pts_s[-1]:g} s")
     pts_s.flags.writeable = False
     return VideoProbe(
         pts_s=pts_s,

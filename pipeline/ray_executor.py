@@ -100,7 +100,8 @@ class RayExecutor:
             worker = actor.remote(make_worker)
             workers[worker.process.remote(task)] = worker
         while workers:
-            (stream, *_), _ = ray.wait(list(workers), num_returns=1)
+            ready, _ = ray.wait(list(workers), num_returns=1)
+            stream: Any = ready[0]
             try:
                 yield ray.get(next(stream))
             except StopIteration:

@@ -1,6 +1,7 @@
 """A video file as PyAV opens it: its best stream, that stream's clock, and which way up its frames are."""
 
 import os
+from collections.abc import Iterator
 
 import av
 import av.container
@@ -31,8 +32,28 @@ def best_stream(container: av.container.InputContainer) -> av.video.VideoStream:
     if not isinstance(stream, av.video.VideoStream) or stream.disposition & av.stream.Disposition.attached_pic:
         kinds = ", ".join(sorted({other.type or "unknown" for other in container.streams})) or "nothing"
         raise DecodeError(f"no video stream: the file holds {kinds}{' (cover art)' if stream else ''}")
+    if stream.codec_context is None:  # pyright: ignore[reportUnnecessaryComparison]
+        raise DecodeError("no decoder for its video stream: it is damaged, or of a codec that PyAV does not know")
     stream.codec_context.thread_count = 1  # processes are the parallelism
     return stream
+
+
+def demuxed(container: av.container.InputContainer, *streams: av.video.VideoStream) -> Iterator[av.Packet]:
+    """The packets of `streams`, or of all; DecodeError where a stream begins that the head did not announce."""
+    packets = container.demux(*streams)
+    while True:
+        try:
+            packet = next(packets, None)
+        except IndexError as error:  # PyAV's own list of streams is too short
+            raise DecodeError("damaged: a stream begins in the middle of the file") from error
+        if packet is None:
+            return
+        yield packet
+
+
+def decoded(packet: av.Packet) -> list[av.VideoFrame]:
+    """The frames that the decoder has ready once it has taken the packet; FFmpegError where it is damaged."""
+    return packet.decode()  # pyright: ignore[reportReturnType]
 
 
 def one_line(error: Exception) -> str:

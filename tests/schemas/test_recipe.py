@@ -1,8 +1,10 @@
 """The recipe: what is refused, and how it is said."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tokenmill.schemas.errors import RecipeError
 from tokenmill.schemas.recipe import Recipe, parse_recipe
@@ -41,7 +43,7 @@ def test_a_recipe_survives_its_own_json() -> None:
         ({"sources": [{"kind": "tble", "path": "x"}]}, r"sources\.0\.kind: found 'tble' \(did you mean 'table'\?\)"),
         (
             {"sources": [{"kind": "table", "path": "x", "uricolumn": 1}]},
-            r"sources\.0\.uricolumn: unknown key \(did you mean 'uri_column'\?\); accepted are caption_column, identity",
+            r"sources\.0\.uricolumn: unknown key \(did you mean 'uri_column'\?\); accepted are caption_column",
         ),
         ({"tokens": {}}, r"tokens: found \{\}; accepted: .*at least 1 item"),
         ({"tokens": {"dct": {}}}, r"tokens\.dct\.tokenizer: missing"),
@@ -70,3 +72,22 @@ def test_what_is_not_a_mapping_is_refused() -> None:
 
 def test_the_json_schema_names_every_section() -> None:
     assert set(Recipe.model_json_schema()["properties"]) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_example_is_a_valid_recipe(path: Path) -> None:
+    parse_recipe(yaml.safe_load(path.read_text()))
+
+
+def test_the_full_example_shows_every_key_and_its_default() -> None:
+    text = (Path(__file__).parents[2] / "examples" / "recipe.yaml").read_text()
+    shown = parse_recipe(yaml.safe_load(text))
+    assert shown.clips == type(shown.clips)(stride=16)
+    assert shown.tokens["dct"] == type(shown.tokens["dct"])(tokenizer="dct_fsq/488_262144")
+    assert (shown.decode, shown.shards, shown.executor) == (
+        type(shown.decode)(),
+        type(shown.shards)(),
+        type(shown.executor)(),
+    )
+    for section in (shown, shown.clips, shown.tokens["dct"], shown.decode, shown.shards, shown.executor):
+        assert set(type(section).model_fields) <= {line.strip(" -#").partition(":")[0] for line in text.splitlines()}
