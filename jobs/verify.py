@@ -1,6 +1,6 @@
 """tokenmill verify: is what the manifests say really there, and would it be made again the same?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -8,44 +8,46 @@ import torch
 
 from ..pipeline.cache import TokenCache, open_cache
 from ..pipeline.manifests import read_manifests
+from ..pipeline.plan import plans_of
 from ..pipeline.storage import Folder
 from ..schemas.clip import ClipFrames
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import StorageError, TokenmillError
-from ..schemas.shard import FileEntry
+from ..schemas.shard import FileEntry, ShardManifest
 from .build import build_worker, recipe_of
 from .reconstruct import source_of
-from .status import Status, read_status
 
 
 def verify_cache(cache: str, sample: int) -> list[str]:
-    """Check every file, the account, and `sample` clips made again; prints what was found, returns the problems."""
+    """Check every file, the account, and `sample` clips made again; prints what was found, returns the problems.
+
+    Files and account are checked from plans and manifests alone: the index is derived from what is checked here.
+    """
     opened = open_cache(cache)
-    status = read_status(cache)
-    problems = [*damaged_files(opened), *missing_clips(status)]
-    num_files = sum(product.num_files for product in status.products)
+    versions = {product: info.fingerprint for product, info in opened.info.products.items()}
+    manifests = read_manifests(opened.folder, versions)
+    num_files = sum(len(manifest.files) for manifest in manifests)
+    problems = list(damaged_files(opened.folder, manifests))
     print(f"files: {num_files} checked against their SHA-256 and row counts, {len(problems)} problems")
-    if sample:
-        if problems:
-            print("the sample was not made again: mend the files first")
-        else:
-            num_same, differences = remade_sample(opened, sample)
-            print(f"sample: {num_same} clips made again from their sources are the same, {len(differences)} differ")
-            problems += differences
+    problems += missing_clips(opened.folder, list(versions), manifests)
+    if sample and problems:
+        print("the sample was not made again: mend the files first")
+    elif sample:
+        num_same, differences = remade_sample(opened, sample)
+        print(f"sample: {num_same} clips made again from their sources are the same, {len(differences)} differ")
+        problems += differences
     for problem in problems:
         print(f"problem: {problem}")
     return problems
 
 
-def damaged_files(cache: TokenCache) -> Iterator[str]:
+def damaged_files(folder: Folder, manifests: Sequence[ShardManifest]) -> Iterator[str]:
     """One line for every file that is absent or not what its manifest says."""
-
-    versions = {product: info.fingerprint for product, info in cache.info.products.items()}
-    for manifest in read_manifests(cache.folder, versions):
+    for manifest in manifests:
         for file in manifest.files:
-            problem = _check_file(cache.folder, file)
+            problem = _check_file(folder, file)
             if problem:
-                yield (f"{file.name}: {problem}; to make it again, delete it and {manifest.name}, and run the recipe")
+                yield f"{file.name}: {problem}; to make it again, delete it and {manifest.name}, and run the recipe"
 
 
 def _check_file(folder: Folder, file: FileEntry) -> str | None:
@@ -62,13 +64,16 @@ def _check_file(folder: Folder, file: FileEntry) -> str | None:
     return None if num_rows == file.num_rows else f"{num_rows} rows, committed {file.num_rows}"
 
 
-def missing_clips(status: Status) -> Iterator[str]:
-    """One line for every product whose account does not close."""
-    for product in status.products:
-        if product.missing:
+def missing_clips(folder: Folder, products: Sequence[str], manifests: Sequence[ShardManifest]) -> Iterator[str]:
+    """One line for every product whose account does not close: planned = committed + failed."""
+    planned = sum(plan.num_clips for plan in plans_of(folder))
+    for product in products:
+        own = [manifest for manifest in manifests if manifest.product == product]
+        committed, failed = sum(m.num_rows for m in own), sum(len(m.failures) for m in own)
+        if planned != committed + failed:
             yield (
-                f"{product.product}: planned {product.planned}, committed {product.committed}, failed {product.failed}:"
-                f" {product.missing} clips are missing; run the recipe again"
+                f"{product}: planned {planned}, committed {committed}, failed {failed}:"
+                f" {planned - committed - failed} clips are missing; run the recipe again"
             )
 
 

@@ -118,7 +118,10 @@ def build_index(folder: Folder) -> str:
                 _fill(connection, folder, info, manifests)
                 connection.execute("create table meta as select 'state' as key, ? as value", [state])
         except duckdb.Error as error:
-            raise StorageError(f"{path}: the index could not be built: {error}") from error
+            reason = " ".join(str(error).partition("\n")[0].split())
+            raise StorageError(
+                f"{path}: the index could not be built ({reason}): tokenmill verify names files that are absent or damaged"
+            ) from error
         os.replace(f"{aside}/{INDEX}", path)
     return path
 

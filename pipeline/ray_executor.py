@@ -103,7 +103,8 @@ class RayExecutor:
             ready, _ = ray.wait(list(workers), num_returns=1)
             stream: Any = ready[0]
             try:
-                yield ray.get(next(stream))
+                report: Any = ray.get(next(stream))
+                yield report
             except StopIteration:
                 worker = workers.pop(stream)
                 task = next(rest, None)

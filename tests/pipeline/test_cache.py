@@ -30,7 +30,7 @@ from tokenmill.schemas.tokens import TokenizerSpec
 from tokenmill.tokenizers.base import FakeTokenizer
 from tokenmill.tokenizers.load import load_tokenizer
 
-from .conftest import Store
+from ..conftest import Store
 
 SIZE = {"num_frames": 8, "height": 16, "width": 24}
 

@@ -1,0 +1,192 @@
+"""The commands around a job: plan, estimate, status, verify, sql, reconstruct, index."""
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from .conftest import Command
+
+WriteRecipe = Callable[..., str]
+SIZE = {"num_frames": 16, "height": 64, "width": 96}
+DCT = {"dct": {"tokenizer": "dct_fsq/488_262144"}}
+
+
+@pytest.fixture
+def recipe(write_recipe: WriteRecipe, footage: Path) -> str:
+    return write_recipe([footage / "carphone_pristine.mp4"], clips=SIZE, tokens=DCT)
+
+
+@pytest.fixture
+def cache(tokenmill: Command, recipe: str, tmp_path: Path) -> Path:
+    assert tokenmill("run", recipe).code == 0
+    return tmp_path / "cache"
+
+
+def first_clip(tokenmill: Command) -> str:
+    return tokenmill("sql", "cache", "select clip_id from clips order by start_s", "--format", "csv").out.split()[1]
+
+
+def test_a_plan_can_be_made_first_and_is_the_one_that_runs(tokenmill: Command, recipe: str, tmp_path: Path) -> None:
+    planned = tokenmill("plan", recipe)
+    assert (planned.code, "clips=8" in planned.err) == (0, True)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "cache" / "plan").iterdir()}
+    assert not (tmp_path / "cache" / "tokens").exists()
+    assert tokenmill("status", "cache").out.count("8 clips are not made yet: run the recipe again to resume") == 2
+    assert tokenmill("run", recipe).code == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cache" / "plan").iterdir()} == before
+
+
+def test_an_estimate_of_everything_is_what_the_job_makes(tokenmill: Command, recipe: str, tmp_path: Path) -> None:
+    one_shard = ["--set", "shards.frames=16384"]
+    estimate = tokenmill("estimate", recipe, *one_shard)
+    assert estimate.code == 0, estimate.err
+    assert not (tmp_path / "cache").exists()
+    assert "1 of 1 videos probed" in estimate.out
+    assert "8 clips, 120 frames" in estimate.out
+    assert "hours on one worker" in estimate.out
+    tokenmill("run", recipe, *one_shard)
+    size = sum(path.stat().st_size for path in (tmp_path / "cache" / "tokens" / "dct").iterdir())
+    (row,) = [line.split() for line in estimate.out.splitlines() if line.strip().startswith("tokens/dct")]
+    assert row[1] == f"{8 * 4 * 8 * 12:,}"
+    assert abs(int(row[-1].replace(",", "")) * 8 - size) < 0.02 * size
+
+
+def test_an_estimate_of_a_sample_is_scaled(tokenmill: Command, write_recipe: WriteRecipe, footage: Path) -> None:
+    sampled = tokenmill("estimate", write_recipe([footage]), "--videos", "2", "--clips", "5")
+    assert "2 of 4 videos probed" in sampled.out
+    assert "5 clips made" in sampled.out
+    assert "about" in sampled.out
+
+
+def test_an_intact_cache_verifies_and_its_sample_is_made_again_alike(tokenmill: Command, cache: Path) -> None:
+    done = tokenmill("verify", "cache", "--sample", "3")
+    assert done.code == 0
+    assert "files: 4 checked against their SHA-256 and row counts, 0 problems" in done.out
+    assert "sample: 3 clips made again from their sources are the same, 0 differ" in done.out
+
+
+def test_verify_names_damaged_absent_and_missing_files(tokenmill: Command, cache: Path) -> None:
+    damaged, absent = sorted((cache / "tokens" / "dct").iterdir())
+    data = bytearray(damaged.read_bytes())
+    data[100] ^= 1
+    damaged.write_bytes(data)
+    absent.unlink()
+    next((cache / "manifests" / "clips").iterdir()).unlink()
+    done = tokenmill("verify", "cache")
+    assert done.code == 1
+    assert f"problem: tokens/dct/{damaged.name}: SHA-256" in done.out
+    assert f"problem: tokens/dct/{absent.name}" in done.out
+    assert "no such file" in done.out
+    assert "tokenmill verify names files that are absent or damaged" in tokenmill("status", "cache").err
+    assert "4 clips are missing; run the recipe again" in done.out
+
+
+def test_what_verify_says_to_do_mends_the_cache(tokenmill: Command, cache: Path, recipe: str) -> None:
+    victim = next((cache / "tokens" / "dct").iterdir())
+    victim.write_bytes(b"torn")
+    problem = next(line for line in tokenmill("verify", "cache").out.splitlines() if "to make it again" in line)
+    manifest = problem.partition("delete it and ")[2].partition(",")[0]
+    victim.unlink()
+    (cache / manifest).unlink()
+    assert tokenmill("run", recipe).code == 0
+    assert tokenmill("verify", "cache").code == 0
+    assert victim.exists()
+
+
+def test_verify_notices_tokens_that_would_be_made_differently(
+    tokenmill: Command, cache: Path, footage: Path, recipe: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "video.mp4"
+    shutil.copy(footage / "carphone_pristine.mp4", source)
+    moved = ["--set", f"sources.0={source}", "--set", "cache=other"]
+    assert tokenmill("run", recipe, *moved).code == 0
+    shutil.copy(footage / "carphone_distorted.mp4", source)
+    done = tokenmill("verify", "other", "--sample", "2")
+    assert done.code == 1
+    assert done.out.count("the source cannot be read again: the file has changed since it was planned") == 2
+
+
+@pytest.mark.parametrize("format", ["csv", "json", "parquet"])
+def test_answers_come_in_every_format(tokenmill: Command, cache: Path, format: str, tmp_path: Path) -> None:
+    query = "select clip_id, num_valid, frame_pts_s from clips order by clip_id"
+    output = tmp_path / f"answer.{format}"
+    assert tokenmill("sql", "cache", query, "--format", format, "--output", str(output)).code == 0
+    reader = {"csv": "read_csv", "json": "read_json", "parquet": "read_parquet"}[format]
+    rows = duckdb.sql(f"select clip_id, num_valid from {reader}('{output}') order by clip_id").fetchall()
+    assert len(rows) == 8
+    assert {row[1] for row in rows} == {16, 8}
+
+
+def test_parquet_goes_to_standard_output_when_it_is_redirected(tokenmill: Command, cache: Path) -> None:
+    answer = tokenmill("sql", "cache", "select 7 as x", "--format", "json")
+    assert json.loads(answer.out) == {"x": 7}
+
+
+def test_long_lists_and_tables_are_cut_in_print(tokenmill: Command, cache: Path) -> None:
+    printed = tokenmill("sql", "cache", "select codes from tokens_dct", "--max-rows", "2").out
+    assert "384 in all" in printed
+    assert "8 rows, the first 2 shown" in printed
+
+
+def test_a_wrong_query_is_one_line(tokenmill: Command, cache: Path) -> None:
+    done = tokenmill("sql", "cache", "select nothing from clips")
+    assert (done.code, len(done.err.splitlines())) == (1, 1)
+    assert done.err.startswith('tokenmill: the query failed: Binder Error: Referenced column "nothing" not found')
+
+
+def test_a_reconstruction_shows_source_and_tokens_side_by_side(
+    tokenmill: Command, cache: Path, tmp_path: Path, footage: Path
+) -> None:
+    clip_id = first_clip(tokenmill)
+    done = tokenmill("reconstruct", "cache", clip_id[:10], "out.mp4", "--png", "out.png")
+    assert done.code == 0, done.err
+    assert float(done.out.rpartition("PSNR ")[2].split()[0]) > 20
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 16
+    assert frames[0].shape == (64, 2 * 96 + 8, 3)
+    left, right = frames[5][:, :96].astype(float), frames[5][:, 104:].astype(float)
+    assert 1 < np.abs(left - right).mean() < 20
+    with av.open(io.BytesIO((tmp_path / "out.png").read_bytes())) as picture:
+        assert next(picture.decode(video=0)).to_ndarray(format="rgb24").shape == (128, 8 * 96, 3)
+
+
+def test_a_reconstruction_of_nothing_is_refused(tokenmill: Command, cache: Path) -> None:
+    assert "no clip begins with 'ffff0000'" in tokenmill("reconstruct", "cache", "ffff0000", "x.mp4").err
+    clip_id = first_clip(tokenmill)
+    assert (
+        "no product 'dtc' (did you mean 'dct'?)"
+        in tokenmill("reconstruct", "cache", clip_id, "x.mp4", "--product", "dtc").err
+    )
+    assert "no such file" in tokenmill("reconstruct", "cache", clip_id, "no/folder/x.mp4").err
+
+
+def test_the_index_can_be_deleted_and_rebuilt(tokenmill: Command, cache: Path) -> None:
+    (cache / "index.duckdb").unlink()
+    assert tokenmill("index", "cache").out.strip() == str(cache / "index.duckdb")
+    assert (cache / "index.duckdb").exists()
+
+
+def test_token_files_carry_the_products_fingerprint(cache: Path) -> None:
+    info = json.loads((cache / "cache.json").read_text())
+    for path in (cache / "tokens" / "dct").iterdir():
+        assert (
+            pq.read_schema(path).metadata[b"tokenmill.fingerprint"].decode()
+            == info["products"]["tokens/dct"]["fingerprint"]
+        )
+
+
+@pytest.mark.parametrize("command", ["status", "verify", "index", "sql", "reconstruct"])
+def test_a_place_without_a_cache_is_said_by_every_command(tokenmill: Command, command: str) -> None:
+    rest = {"sql": ["select 1"], "reconstruct": ["abc", "x.mp4"]}.get(command, [])
+    done = tokenmill(command, "nowhere", *rest)
+    assert done.code == 1
+    assert "nowhere: no token cache there (no cache.json): make one with tokenmill run, or check the path" in done.err
