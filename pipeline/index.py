@@ -120,7 +120,7 @@ def build_index(folder: Folder) -> str:
         except duckdb.Error as error:
             reason = " ".join(str(error).partition("\n")[0].split())
             raise StorageError(
-                f"{path}: the index could not be built ({reason}): tokenmill verify names files that are absent or damaged"
+                f"{path}: the index could not be built ({reason}): tokenmill verify names what is absent or damaged"
             ) from error
         os.replace(f"{aside}/{INDEX}", path)
     return path
