@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -18,6 +18,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 LINE_EVERY_S = 10.0
 Item = TypeVar("Item")
@@ -86,20 +87,23 @@ def _word(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if " " in text else text
 
 
+class _Bars(Progress):
+    """A bar per phase, and below them the counts of the last one, in full on narrow terminals too."""
+
+    counts = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.counts)
+
+
 class RichDisplay:
-    """A bar per phase on a terminal."""
+    """Bars and counts on a terminal, events above them."""
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._bars = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[counts]}"),
-            TimeRemainingColumn(),
-            console=self._console,
-        )
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        self._bars = _Bars(*columns, TimeRemainingColumn(), console=self._console)
         self._tasks: dict[str, Any] = {}
         self._bars.start()
 
@@ -109,9 +113,9 @@ class RichDisplay:
 
     def progress(self, phase: str, done: int, total: int, counts: dict[str, float]) -> None:
         if phase not in self._tasks:
-            self._tasks[phase] = self._bars.add_task(phase, total=total, counts="")
-        text = "  ".join(f"{value:,.0f} {key.replace('_per_s', '/s')}" for key, value in counts.items())
-        self._bars.update(self._tasks[phase], completed=done, total=total, counts=text)
+            self._tasks[phase] = self._bars.add_task(phase, total=total)
+        self._bars.counts = "  ".join(f"{value:,.0f} {key.replace('_per_s', '/s')}" for key, value in counts.items())
+        self._bars.update(self._tasks[phase], completed=done, total=total)
 
     def close(self) -> None:
         self._bars.stop()

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="tokenmill",
     help="Turn video into cached tokens that SQL answers and trainers read.",
@@ -161,9 +163,10 @@ def main() -> None:
     except TokenmillError as error:
         print(f"tokenmill: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, RecipeError) else 1)
-    except KeyboardInterrupt:
-        print("tokenmill: interrupted; what was committed is kept, the same command resumes", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # Ctrl-C, as typer passes it on
+            print("tokenmill: interrupted; what was committed is kept, the same command resumes", file=sys.stderr)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(141)

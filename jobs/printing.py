@@ -16,7 +16,10 @@ def output_console() -> Console:
 
 def new_table(*names: str, numbers: tuple[str, ...] = (), title: str | None = None) -> Table:
     """A table of these columns; those in `numbers` are aligned right."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left", title_style="bold"
+    )
     for name in names:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+        is_number = name in numbers
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     return table

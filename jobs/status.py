@@ -119,7 +119,8 @@ def show_status(status: Status, *, log_json: bool) -> None:
 
 
 def _product_table(status: Status) -> Table:
-    numbers = ("planned", "committed", "failed", "files", "size", "clips/s of a worker")
+    """The products; clips/s is the rate of one worker."""
+    numbers = ("planned", "committed", "failed", "size", "clips/s")
     table = new_table("product", "tokenizer", *numbers, numbers=numbers)
     for product in status.products:
         table.add_row(
@@ -128,7 +129,6 @@ def _product_table(status: Status) -> Table:
             f"{product.planned:,}",
             f"{product.committed:,}",
             f"{product.failed:,}",
-            f"{product.num_files:,}",
             decimal(product.size_bytes),
             f"{product.clips_per_worker_s:,.1f}",
         )
