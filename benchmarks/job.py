@@ -38,6 +38,7 @@ def measure(mode: str, folder: str, decoder: str) -> dict[str, float]:
     from tokenmill.jobs.plan import claim_cache, update_plans
     from tokenmill.jobs.run import missing_work, tasks_of
     from tokenmill.pipeline.shard import batches, decode_clips
+    from tokenmill.schemas.clip import FrameBatch
     from tokenmill.schemas.recipe import parse_recipe
     from tokenmill.schemas.shard import ShardProgress
 
@@ -61,9 +62,10 @@ def measure(mode: str, folder: str, decoder: str) -> dict[str, float]:
         clips = [clip for task in tasks for clip in task.plan.clips]
         encoder = worker.encoders["tokens/dct"]
         start_s = time.perf_counter()
-        for batch, _ in batches(decode_clips(clips, worker.decoder), worker.batch_size):
+        for decoded, _ in batches(decode_clips(clips, worker.decoder), worker.batch_size):
+            batch = FrameBatch.stack(decoded)
             encoder.encode(batch)
-            num_frames += sum(one.clip.num_valid for one in batch)
+            num_frames += sum(batch.num_valid_B)
         seconds = time.perf_counter() - start_s
     else:
         from functools import partial

@@ -22,8 +22,8 @@ def reconstruct_clip(cache: str, clip_id: str, output: str, product: str | None,
     name = choose_product(opened, product)
     decoded_THWC = decode_tokens(opened, name, full_id)
     clip, source_THWC = source_of(opened, full_id)
-    num_valid = clip.num_valid
-    source_THWC, decoded_THWC = source_THWC[:num_valid], decoded_THWC[:num_valid]
+    num_valid = len(decoded_THWC)
+    source_THWC = source_THWC[:num_valid]
     with storage_errors(output):
         write_video(output, side_by_side(source_THWC, decoded_THWC), num_valid / (clip.end_s - clip.start_s))
     print(f"{output}: {num_valid} frames of {clip.video.uri} from {clip.start_s:.3f} s, source left, {name} right")
@@ -45,10 +45,12 @@ def choose_product(cache: TokenCache, wanted: str | None) -> str:
 
 
 def decode_tokens(cache: TokenCache, product: str, clip_id: str) -> np.ndarray:
-    """Frames (T,H,W,3) uint8 from a clip's tokens alone."""
+    """The real frames (T,H,W,3) uint8 of a clip, from its tokens alone."""
     encoder = build_encoder(recipe_of(cache.info), product.removeprefix("tokens/"))
+    grid = cache.grid(product, clip_id)
     with torch.inference_mode():
-        return encoder.tokenizer.decode(cache.read(product, [clip_id]))[0].cpu().numpy()
+        frames_BTHWC = encoder.tokenizer.decode(torch.from_numpy(grid.values_thw).unsqueeze(0))
+    return frames_BTHWC[0, : grid.num_valid].cpu().numpy()
 
 
 def source_of(cache: TokenCache, clip_id: str) -> tuple[Clip, np.ndarray]:

@@ -10,7 +10,7 @@ from ..pipeline.cache import TokenCache, open_cache
 from ..pipeline.manifests import read_manifests
 from ..pipeline.plan import plans_of
 from ..pipeline.storage import Folder
-from ..schemas.clip import ClipFrames
+from ..schemas.clip import FrameBatch
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import StorageError, TokenmillError
 from ..schemas.shard import FileEntry, ShardManifest
@@ -93,8 +93,8 @@ def remade_sample(cache: TokenCache, sample: int) -> tuple[int, list[str]]:
         except TokenmillError as error:
             differences.append(f"clip {clip_id}: {error}")
             continue
-        one = ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, decoder="")
-        compared = {p: (cache.read(p, [clip_id]), encoder.encode([one])) for p, encoder in worker.encoders.items()}
+        batch = FrameBatch(clips=(clip,), frames_BTHWC=frames_THWC[None], num_valid_B=(clip.num_valid,))
+        compared = {p: (cache.read(p, [clip_id]), encoder.encode(batch)) for p, encoder in worker.encoders.items()}
         different = {
             p: int((stored != made).sum()) for p, (stored, made) in compared.items() if not torch.equal(stored, made)
         }

@@ -14,6 +14,7 @@ import torch
 from ..schemas.cache_info import CACHE_INFO, CacheInfo
 from ..schemas.errors import CacheError, did_you_mean
 from ..schemas.shard import CLIPS, tokens_product
+from ..schemas.tokens import TokenGrid
 from .index import connect, ensure_index, file_uris
 from .storage import Folder, storage_errors
 from .token_file import TokenFile, TokenLayout, from_planes
@@ -98,6 +99,13 @@ class TokenCache:
         product = self.product(product)
         places = self._locate(product, clip_ids)
         return self.read_places(places["name"].to_pylist(), places["row_in_file"].to_numpy(), verify=verify)
+
+    def grid(self, product: str, clip_id: str) -> TokenGrid:
+        """The token grid of one clip, with the number of its frames that are real; bfloat16 comes as float32."""
+        tokens = self.read(product, [clip_id])[0]
+        num_valid = self._answer("select num_valid from clips where clip_id = ?", [clip_id])["num_valid"][0].as_py()
+        values_thw = (tokens.float() if tokens.dtype == torch.bfloat16 else tokens).numpy()
+        return TokenGrid(values_thw=values_thw, num_valid=num_valid)
 
     def read_places(self, names: Sequence[str], rows: np.ndarray, *, verify: bool = True) -> torch.Tensor:
         """Tokens by file name and row, in the order given: the quick way when the places are known."""

@@ -1,12 +1,11 @@
 """Tokenizing on a fixed batch shape, so that tokens do not depend on how many clips came together."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ..schemas.clip import ClipFrames, Sampling
+from ..schemas.clip import FrameBatch, Sampling
 from ..tokenizers.base import VideoTokenizer
 from .token_file import TokenLayout
 
@@ -32,15 +31,14 @@ class BatchEncoder:
             return TokenLayout(dtype="uint16", shape=grid_thw, codebook_size=spec.codebook_size)
         return TokenLayout(dtype=spec.dtype, shape=(*grid_thw, spec.latent_dim or 1), codebook_size=None)
 
-    def encode(self, clips: Sequence[ClipFrames]) -> torch.Tensor:
-        """The tokens of all `clips`, in their order, on the CPU."""
-        s = self.sampling
+    def encode(self, batch: FrameBatch) -> torch.Tensor:
+        """The tokens of all clips of `batch`, in their order, on the CPU."""
         parts: list[torch.Tensor] = []
-        for start in range(0, len(clips), self.batch_size):
-            batch = clips[start : start + self.batch_size]
-            frames_BTHWC = np.zeros((self.batch_size, s.num_frames, s.height, s.width, 3), np.uint8)
-            for i, one in enumerate(batch):
-                frames_BTHWC[i] = one.frames_THWC
+        for start in range(0, len(batch.clips), self.batch_size):
+            frames_BTHWC = batch.frames_BTHWC[start : start + self.batch_size]
+            num_clips = len(frames_BTHWC)
+            if num_clips < self.batch_size:
+                frames_BTHWC = np.pad(frames_BTHWC, ((0, self.batch_size - num_clips), *[(0, 0)] * 4))
             with torch.inference_mode():
-                parts.append(self.tokenizer.encode(torch.from_numpy(frames_BTHWC))[: len(batch)].cpu())
+                parts.append(self.tokenizer.encode(torch.from_numpy(frames_BTHWC))[:num_clips].cpu())
         return torch.cat(parts)

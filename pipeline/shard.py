@@ -6,7 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from ..schemas.clip import Clip, ClipFailure, ClipFrames
+import torch
+
+from ..schemas.clip import Clip, ClipFailure, ClipFrames, FrameBatch
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import DecodeError, StorageError, TokenmillError
 from ..schemas.shard import ShardManifest, ShardProgress, ShardReceipt, ShardTask
@@ -24,18 +26,17 @@ def process_shard(task: ShardTask, worker: Worker) -> Iterator[ShardProgress | S
     """Decode, tokenize, store and commit the products that a shard lacks; the last value is its receipt."""
     shard_id, rows, clock = task.plan.shard_id, ShardRows(), _Clock()
     decoded = prefetch(decode_clips(task.plan.clips, worker.decoder), _num_bytes, DECODE_AHEAD_BYTES)
-    for batch, failures in batches(decoded, worker.batch_size):
+    for clips, failures in batches(decoded, worker.batch_size):
         clock.lap("decode")
-        wanted = [product for product in task.products if product in worker.encoders]
-        tokens = {product: worker.encoders[product].encode(batch) for product in wanted} if batch else {}
+        if clips:
+            rows.add(clips, tokenize(FrameBatch.stack(clips), task.products, worker))
         clock.lap("tokenize")
-        rows.add(batch, tokens)
         rows.failures.extend(failures)
-        num_frames = sum(one.clip.num_valid for one in batch)
+        num_frames = sum(one.clip.num_valid for one in clips)
         yield ShardProgress(
             shard_id=shard_id,
-            num_decoded=len(batch),
-            num_tokenized=len(batch),
+            num_decoded=len(clips),
+            num_tokenized=len(clips),
             num_frames=num_frames,
             failures=tuple(failures),
         )
@@ -88,6 +89,11 @@ def batches(
             batch, failures = [], []
     if batch or failures:
         yield batch, failures
+
+
+def tokenize(batch: FrameBatch, products: Sequence[str], worker: Worker) -> dict[str, torch.Tensor]:
+    """The tokens of every token product among `products`, all from the same frames."""
+    return {product: worker.encoders[product].encode(batch) for product in products if product in worker.encoders}
 
 
 def commit_shard(task: ShardTask, worker: Worker, rows: ShardRows, clock: "_Clock") -> ShardReceipt:

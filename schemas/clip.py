@@ -1,5 +1,6 @@
 """Videos, clips, and the frames of clips."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -96,6 +97,31 @@ class ClipFrames:
     def __post_init__(self) -> None:
         if self.frames_THWC.dtype != np.uint8 or self.frames_THWC.ndim != 4 or self.frames_THWC.shape[3] != 3:
             raise ValueError(f"frames must be (T,H,W,3) uint8: {self.frames_THWC.dtype} {self.frames_THWC.shape}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameBatch:
+    """Clips of one size together: `frames_BTHWC` uint8 RGB, and how many frames of each are real."""
+
+    clips: tuple[Clip, ...]
+    frames_BTHWC: np.ndarray
+    num_valid_B: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        frames = self.frames_BTHWC
+        if frames.dtype != np.uint8 or frames.ndim != 5 or frames.shape[4] != 3:
+            raise ValueError(f"frames must be (B,T,H,W,3) uint8, found {frames.dtype} {frames.shape}")
+        if not len(self.clips) == len(self.num_valid_B) == frames.shape[0]:
+            raise ValueError(f"{len(self.clips)} clips, {len(self.num_valid_B)} lengths, {frames.shape[0]} rows")
+
+    @classmethod
+    def stack(cls, decoded: Sequence[ClipFrames]) -> "FrameBatch":
+        """The batch of clips that were decoded one by one."""
+        return cls(
+            clips=tuple(one.clip for one in decoded),
+            frames_BTHWC=np.stack([one.frames_THWC for one in decoded]),
+            num_valid_B=tuple(one.clip.num_valid for one in decoded),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,3 +45,19 @@ class TokenGrid:
     def __post_init__(self) -> None:
         if self.values_thw.ndim not in (3, 4):
             raise ValueError(f"a token grid is (t,h,w) or (t,h,w,d), found {self.values_thw.shape}")
+        if self.num_valid < 1:
+            raise ValueError(f"a clip has one real frame or more, found {self.num_valid=}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryTokens:
+    """One token per object trajectory of a clip: `values_Nd`, of which those in `valid_N` stand for an object."""
+
+    values_Nd: np.ndarray
+    valid_N: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.values_Nd.ndim != 2:
+            raise ValueError(f"trajectory tokens are (N,d), found {self.values_Nd.shape}")
+        if self.valid_N.dtype != np.bool_ or self.valid_N.shape != self.values_Nd.shape[:1]:
+            raise ValueError(f"valid_N must be bool (N,) beside {self.values_Nd.shape}: {self.valid_N.shape}")

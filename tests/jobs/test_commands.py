@@ -3,6 +3,8 @@
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -190,3 +192,11 @@ def test_a_place_without_a_cache_is_said_by_every_command(tokenmill: Command, co
     done = tokenmill(command, "nowhere", *rest)
     assert done.code == 1
     assert "nowhere: no token cache there (no cache.json): make one with tokenmill run, or check the path" in done.err
+
+
+def test_the_training_example_learns_from_a_cache(cache: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "train.py"
+    done = subprocess.run([sys.executable, str(example), str(cache)], capture_output=True, text=True, check=True)
+    losses = [float(line.split()[3]) for line in done.stdout.splitlines()]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]

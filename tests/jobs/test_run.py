@@ -3,7 +3,10 @@
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -304,3 +307,29 @@ def test_a_clip_shorter_than_one_frame_is_a_row(tokenmill: Command, write_recipe
 def test_the_recipes_schema_is_printed_as_json(tokenmill: Command) -> None:
     schema = json.loads(tokenmill("run", "--schema").out)
     assert set(schema["required"]) == {"cache", "sources", "tokens"}
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_job_that_is_stopped_anywhere_resumes_to_the_same_files(
+    tokenmill: Command, write_recipe: WriteRecipe, footage: Path, tmp_path: Path, signal_number: int
+) -> None:
+    recipe = write_recipe([footage / "bigbuckbunny.mp4"], shards={"frames": 8})
+    command = [sys.executable, "-c", "from tokenmill.jobs.main import main; main()", "run", recipe]
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while job.poll() is None and len(list((tmp_path / "cache").glob("manifests/clips/*"))) < 3:
+        time.sleep(0.01)
+    job.send_signal(signal_number)
+    _, said = job.communicate(timeout=60)
+    assert job.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
+    if signal_number == signal.SIGINT:
+        assert "interrupted; what was committed is kept, the same command resumes" in said
+    for name in files_in(tmp_path / "cache"):
+        if name.endswith(".parquet") and not name.startswith(".staging"):
+            pq.read_table(tmp_path / "cache" / name)
+    resumed = tokenmill("run", recipe)
+    assert resumed.code == 0
+    assert "clips=0 shards=0" not in resumed.err
+    assert tokenmill("run", recipe, "--set", "cache=whole").code == 0
+    left = {name: digest for name, digest in data_in(tmp_path / "cache").items() if not name.startswith(".staging")}
+    whole = data_in(tmp_path / "whole")
+    assert {n: d for n, d in left.items() if n != "cache.json"} == {n: d for n, d in whole.items() if n != "cache.json"}

@@ -154,6 +154,14 @@ def test_a_cache_reads_alike_on_every_store(store: Store) -> None:
     assert cache.sql("select count(*) as n from tokens_dct where len(codes) = 12")["n"].to_pylist() == [len(clips)]
 
 
+def test_one_clips_grid_says_how_many_frames_are_real(cache: TokenCache, made: tuple[str, Recipe, list[Clip]]) -> None:
+    short = next(clip for clip in made[2] if clip.num_valid < 8)
+    for product in ("dct", "mean"):
+        grid = cache.grid(product, short.clip_id)
+        assert grid.num_valid == short.num_valid
+        assert np.array_equal(grid.values_thw, cache.read(product, [short.clip_id])[0].to(torch.float32).numpy())
+
+
 def test_codes_in_sql_are_the_codes_read(cache: TokenCache) -> None:
     rows = cache.sql("select clip_id, codes from tokens_dct order by clip_id")
     read = cache.read("dct", rows["clip_id"].to_pylist())

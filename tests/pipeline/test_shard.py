@@ -202,3 +202,25 @@ def test_executors_take_every_task_once(tmp_path: Path) -> None:
     worker = worker_for(tmp_path)
     events = list(LocalExecutor(worker).run(tasks, lambda: worker))
     assert [type(event) for event in events] == [ShardProgress, ShardReceipt]
+
+
+def test_two_products_share_one_decode(tmp_path: Path) -> None:
+    class Counted(FakeDecoder):
+        num_decoded = 0
+
+        def decode(self, path: str, clips: Sequence[Clip]) -> Iterator[ClipFrames | ClipFailure]:
+            self.num_decoded += len(clips)
+            yield from super().decode(path, clips)
+
+    decoder = Counted(SAMPLING)
+    tokenizers = {"tokens/a": FakeTokenizer(), "tokens/b": FakeTokenizer()}
+    encoders = {p: BatchEncoder(tokenizer=t, batch_size=4, sampling=SAMPLING) for p, t in tokenizers.items()}
+    worker = Worker(
+        folder=Folder(str(tmp_path / "cache")),
+        decoder=decoder,
+        encoders=encoders,
+        fingerprints=fingerprints_of(decoder, encoders),
+    )
+    receipt = receipt_of(ShardTask(plan=plan_of(6), products=("clips", *tokenizers)), worker)
+    assert decoder.num_decoded == 6
+    assert [manifest.num_rows for manifest in receipt.manifests] == [6, 6, 6]
