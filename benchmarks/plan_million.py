@@ -13,7 +13,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenmill.pipeline.plan import Plan, make_plan, write_plan
+from tokenmill.pipeline.plan import make_plan
+from tokenmill.pipeline.plan_file import Plan, write_plan
 from tokenmill.pipeline.sources import list_sources
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.videos import read_facts

@@ -4,13 +4,15 @@ import hashlib
 import os
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from rich.filesize import decimal
 
-from ..pipeline.plan import PlanTables, clips_of, make_plan
+from ..pipeline.plan import PlanTables, make_plan
+from ..pipeline.plan_file import clips_of
 from ..pipeline.shard import process_shard
 from ..pipeline.sources import list_sources
 from ..pipeline.videos import read_facts
@@ -70,11 +72,22 @@ def _sample(listing: pa.Table, most: int) -> pa.Table:
     return listing.take(sorted(order[:most]))
 
 
+def _first_of_each_video(clips: pa.Table, most_clips: int) -> pa.Table:
+    """Up to `most_clips`: about as many neighbouring clips of every video, as a job would decode them."""
+    counts: Counter[str] = Counter()
+    nth_of_video = []
+    for video_id in clips["video_id"].to_pylist():
+        nth_of_video.append(counts[video_id])
+        counts[video_id] += 1
+    order = sorted(range(clips.num_rows), key=nth_of_video.__getitem__)
+    return clips.take(sorted(order[:most_clips]))
+
+
 def _make_sample(
     recipe: Recipe, tables: PlanTables, most_clips: int
 ) -> tuple[dict[str, int], dict[str, float], float, int]:
     """Tokens and bytes per clip by product, seconds and number of the clips that were made."""
-    rows = tables.clips.slice(0, most_clips)
+    rows = _first_of_each_video(tables.clips, most_clips)
     with tempfile.TemporaryDirectory(prefix="tokenmill-estimate-") as folder:
         worker = build_worker(recipe, folder)
         plan = ShardPlan(shard_id="estimate", clips=clips_of(rows))

@@ -167,6 +167,6 @@ def main() -> None:
         if end.code == INTERRUPTED:  # Ctrl-C, as typer passes it on
             print("tokenmill: interrupted; what was committed is kept, the same command resumes", file=sys.stderr)
         raise
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(141)
+    except OSError as error:
+        print(f"tokenmill: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -3,13 +3,16 @@
 import os
 from collections import Counter
 
-from ..pipeline.plan import STAMPS, Plan, make_plan, plans_of, read_table, remember_stamps, unseen, write_plan
+from ..pipeline.manifests import committed_names
+from ..pipeline.plan import make_plan
+from ..pipeline.plan_file import Plan, plans_of, read_stamps, read_table, remember_stamps, unseen, write_plan
 from ..pipeline.sources import list_sources
-from ..pipeline.storage import STAGING, Folder
+from ..pipeline.storage import Folder
 from ..pipeline.videos import read_facts
 from ..schemas.cache_info import CACHE_INFO, CacheInfo
 from ..schemas.errors import CacheError
 from ..schemas.recipe import Recipe
+from ..schemas.shard import CLIPS, SHORT_DIGEST
 from .build import build_worker, cache_info
 from .display import Display, tracked
 
@@ -27,13 +30,22 @@ def plan_recipe(recipe: Recipe, display: Display) -> None:
 def claim_cache(folder: Folder, info: CacheInfo) -> None:
     """Make the folder this recipe's cache, or check that it is; CacheError where it is another's."""
     if not folder.exists(CACHE_INFO):
-        foreign = [name for name in folder.list("") if not name.startswith(f"{STAGING}/")]
-        if foreign:
+        foreign = [name for name in folder.list("") if not name.startswith(".")]
+        if foreign and CACHE_INFO not in foreign and not made_by(folder, info):
             raise CacheError(
                 f"{folder.url}: not empty ({foreign[0]} is there) and no token cache: give an empty or new folder"
             )
         folder.create(CACHE_INFO, info.to_json())
-    before = CacheInfo.from_json(folder.read(CACHE_INFO), folder.uri(CACHE_INFO))
+    try:
+        before = CacheInfo.from_json(folder.read(CACHE_INFO), folder.uri(CACHE_INFO))
+    except CacheError:
+        if not made_by(folder, info):
+            raise
+        folder.replace(CACHE_INFO, info.to_json())
+        before = info
+    if not plans_of(folder):  # claimed by a run that got no further: nothing binds it yet
+        before = info
+        folder.replace(CACHE_INFO, info.to_json())
     old, new = before.recipe["clips"], info.recipe["clips"]
     changed = [f"clips.{key}={old.get(key)} (this recipe: {new[key]})" for key in new if new[key] != old.get(key)]
     if changed:
@@ -46,10 +58,16 @@ def claim_cache(folder: Folder, info: CacheInfo) -> None:
         folder.replace(CACHE_INFO, merged.to_json())
 
 
+def made_by(folder: Folder, info: CacheInfo) -> bool:
+    """Whether manifests of the folder are of these products: then only the head of the cache is lost."""
+    versions = {entry.fingerprint[:SHORT_DIGEST] for product, entry in info.products.items() if product != CLIPS}
+    return any(name.removesuffix(".json").rpartition("-")[2] in versions for name in committed_names(folder))
+
+
 def update_plans(recipe: Recipe, folder: Folder, display: Display) -> list[Plan]:
     """Add a plan for the videos that no plan of the cache has yet; returns all plans."""
     plans = plans_of(folder)
-    stamps = read_table(folder, STAMPS) if plans and folder.exists(STAMPS) else None
+    stamps = read_stamps(folder) if plans else None
     listing = list_sources(recipe.sources)
     new = unseen(listing, stamps)
     display.event("sources", videos=listing.num_rows, unchanged=listing.num_rows - new.num_rows)

@@ -16,8 +16,9 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
     try:
         with storage_errors(path), fsspec.open(path, "rb") as stream:
             text = stream.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except StorageError as error:
-        raise RecipeError(f"recipe {error}") from None
+    except (StorageError, ValueError, ImportError) as error:
+        place = "" if isinstance(error, StorageError) else f"{path}: "
+        raise RecipeError(f"recipe {place}{error}") from None
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:

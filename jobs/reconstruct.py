@@ -8,7 +8,7 @@ from ..pipeline.decode import VideoDecoder
 from ..pipeline.metrics import psnr
 from ..pipeline.render import side_by_side, write_sheet, write_video
 from ..pipeline.shard import decode_clips
-from ..pipeline.storage import storage_errors
+from ..pipeline.storage import written_aside
 from ..schemas.clip import Clip, ClipFailure, Video
 from ..schemas.errors import CacheError, DecodeError
 from ..schemas.shard import CLIPS
@@ -24,12 +24,12 @@ def reconstruct_clip(cache: str, clip_id: str, output: str, product: str | None,
     clip, source_THWC = source_of(opened, full_id)
     num_valid = len(decoded_THWC)
     source_THWC = source_THWC[:num_valid]
-    with storage_errors(output):
-        write_video(output, side_by_side(source_THWC, decoded_THWC), num_valid / (clip.end_s - clip.start_s))
+    with written_aside(output) as aside:
+        write_video(aside, side_by_side(source_THWC, decoded_THWC), num_valid / (clip.end_s - clip.start_s))
     print(f"{output}: {num_valid} frames of {clip.video.uri} from {clip.start_s:.3f} s, source left, {name} right")
     if png:
-        with storage_errors(png):
-            write_sheet(png, source_THWC, decoded_THWC)
+        with written_aside(png) as aside:
+            write_sheet(aside, source_THWC, decoded_THWC)
         print(f"{png}: source above, {name} below")
     print(f"PSNR {psnr(source_THWC, decoded_THWC):.2f} dB")
 

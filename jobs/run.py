@@ -6,7 +6,7 @@ from functools import partial
 
 from ..pipeline.index import ensure_index
 from ..pipeline.manifests import committed_names, missing_products
-from ..pipeline.plan import Plan
+from ..pipeline.plan_file import Plan
 from ..pipeline.storage import Folder
 from ..schemas.recipe import Recipe
 from ..schemas.shard import ShardProgress, ShardReceipt, ShardTask
@@ -26,9 +26,9 @@ def run_recipe(recipe: Recipe, display: Display) -> Status:
     todo = missing_work(folder, plans, worker.fingerprints)
     num_clips = sum(work.num_clips for work in todo)
     display.event("work", clips=num_clips, shards=len(todo), executor=recipe.executor.kind)
-    watch(executor.run(tasks_of(todo), partial(build_worker, recipe)), num_clips, display)
+    watch(executor.run(tasks_of(todo), partial(build_worker, recipe, folder.url)), num_clips, display)
     ensure_index(folder)
-    return read_status(recipe.cache)
+    return read_status(recipe.cache, asked=worker.fingerprints)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,8 @@ def watch(events: Iterable[ShardProgress | ShardReceipt], total: int, display: D
     for event in events:
         if isinstance(event, ShardReceipt):
             meter.add(written=event.manifests[0].num_rows if event.manifests else 0, shards=1)
+            if event.num_lost_races:
+                display.event("lost_race", shard=event.shard_id, manifests=event.num_lost_races)
         else:
             meter.add(
                 decoded=event.num_decoded,

@@ -8,7 +8,7 @@ import pyarrow as pa
 from rich.markup import escape
 
 from ..pipeline.cache import open_cache
-from ..pipeline.storage import storage_errors
+from ..pipeline.storage import written_aside
 from ..schemas.errors import TokenmillError
 from .printing import new_table, output_console
 
@@ -26,7 +26,7 @@ def print_answer(cache: str, query: str, format: str, output: str | None, max_ro
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     else:
-        with storage_errors(output), open(output, "wb") as stream:
+        with written_aside(output) as aside, open(aside, "wb") as stream:
             stream.write(data)
 
 
@@ -49,8 +49,8 @@ def _print_table(answer: pa.Table, max_rows: int) -> None:
     kinds = ("int", "uint", "float", "double", "decimal")
     numbers = tuple(field.name for field in answer.schema if str(field.type).startswith(kinds))
     table = new_table(*answer.schema.names, numbers=numbers)
-    for row in answer.slice(0, max_rows).to_pylist():
-        table.add_row(*(escape(_cell(value)) for value in row.values()))
+    for row in zip(*(column.to_pylist() for column in answer.slice(0, max_rows).columns), strict=True):
+        table.add_row(*(escape(_cell(value)) for value in row))
     console = output_console()
     console.print(table)
     shown = f", the first {max_rows} shown" if answer.num_rows > max_rows else ""

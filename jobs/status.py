@@ -1,6 +1,7 @@
 """tokenmill status: what a cache holds, what failed, and how fast it was made."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class FailureCount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
-    """The account of a whole cache."""
+    """The account of a whole cache. `asked` are the products that the exit code is about."""
 
     cache: str
     videos: dict[str, int]
@@ -53,11 +54,12 @@ class Status:
     num_shards: int
     products: list[ProductStatus]
     failures: list[FailureCount]
+    asked: list[str]
 
     @property
     def exit_code(self) -> int:
         """0 complete, 1 clips are missing, 3 complete but some clips or videos failed."""
-        if any(product.missing for product in self.products):
+        if any(product.missing for product in self.products if product.product in self.asked):
             return 1
         return 3 if self.failures else 0
 
@@ -66,10 +68,12 @@ class Status:
         return {**asdict(self), "exit_code": self.exit_code}
 
 
-def read_status(uri: str) -> Status:
-    """The account of the cache at `uri`, from its index."""
+def read_status(uri: str, asked: Iterable[str] | None = None) -> Status:
+    """The account of the cache at `uri`, from its index; about all of its products unless some are `asked` for."""
     cache = open_cache(uri)
-    videos = cache.sql("select status, count(*) as n, sum(num_dropped_frames) as dropped from videos group by status")
+    videos = cache.sql("""
+        select status, count(*) as n, sum(num_dropped_frames)::bigint as dropped from videos group by status
+        union all select 'duplicate', count(*), 0 from duplicates having count(*) > 0""")
     products = cache.sql("""
         with planned as (select sum(num_clips) as n, count(*) as shards from plan_shards),
              sizes as (select product, count(*) as num_files, sum(size_bytes) as size_bytes from files group by 1),
@@ -91,6 +95,7 @@ def read_status(uri: str) -> Status:
         num_shards=cache.sql("select count(*) as n from plan_shards")["n"][0].as_py(),
         products=[ProductStatus(**row) for row in products.to_pylist()],
         failures=[FailureCount(**row) for row in failures.to_pylist()],
+        asked=list(cache.info.products if asked is None else asked),
     )
 
 
@@ -107,9 +112,8 @@ def show_status(status: Status, *, log_json: bool) -> None:
     console.print(_product_table(status))
     for product in status.products:
         if product.missing:
-            console.print(
-                f"{product.product}: {product.missing} clips are not made yet: run the recipe again to resume"
-            )
+            how = "run the recipe again" if product.product in status.asked else "run a recipe that asks for it"
+            console.print(f"{product.product}: {product.missing} clips are not made yet: {how} to resume")
     if status.failures:
         console.print(_failure_table(status))
     if len(status.failures) > SHOWN_FAILURES:

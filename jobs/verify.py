@@ -8,12 +8,12 @@ import torch
 
 from ..pipeline.cache import TokenCache, open_cache
 from ..pipeline.manifests import read_manifests
-from ..pipeline.plan import plans_of
+from ..pipeline.plan_file import Plan, plans_of
 from ..pipeline.storage import Folder
 from ..schemas.clip import FrameBatch
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import StorageError, TokenmillError
-from ..schemas.shard import FileEntry, ShardManifest
+from ..schemas.shard import CLIPS, FileEntry, ShardManifest, tokens_product
 from .build import build_worker, recipe_of
 from .reconstruct import source_of
 
@@ -27,9 +27,12 @@ def verify_cache(cache: str, sample: int) -> list[str]:
     versions = {product: info.fingerprint for product, info in opened.info.products.items()}
     manifests = read_manifests(opened.folder, versions)
     num_files = sum(len(manifest.files) for manifest in manifests)
-    problems = list(damaged_files(opened.folder, manifests))
-    print(f"files: {num_files} checked against their SHA-256 and row counts, {len(problems)} problems")
-    problems += missing_clips(opened.folder, list(versions), manifests)
+    plans = plans_of(opened.folder)
+    problems = [problem for plan in plans for problem in plan.problems()]
+    problems += damaged_files(opened.folder, manifests)
+    print(f"files: {num_files + 2 * len(plans)} checked against their SHA-256 and row counts, {len(problems)} problems")
+    asked = [CLIPS, *map(tokens_product, opened.info.recipe["tokens"])]  # products of older recipes may lag behind
+    problems += missing_clips(plans, asked, manifests)
     if sample and problems:
         print("the sample was not made again: mend the files first")
     elif sample:
@@ -64,9 +67,9 @@ def _check_file(folder: Folder, file: FileEntry) -> str | None:
     return None if num_rows == file.num_rows else f"{num_rows} rows, committed {file.num_rows}"
 
 
-def missing_clips(folder: Folder, products: Sequence[str], manifests: Sequence[ShardManifest]) -> Iterator[str]:
+def missing_clips(plans: Sequence[Plan], products: Sequence[str], manifests: Sequence[ShardManifest]) -> Iterator[str]:
     """One line for every product whose account does not close: planned = committed + failed."""
-    planned = sum(plan.num_clips for plan in plans_of(folder))
+    planned = sum(plan.num_clips for plan in plans)
     for product in products:
         own = [manifest for manifest in manifests if manifest.product == product]
         committed, failed = sum(m.num_rows for m in own), sum(len(m.failures) for m in own)

@@ -18,7 +18,7 @@ from ..schemas.tokens import TokenGrid
 from .index import connect, ensure_index, file_uris
 from .storage import Folder, storage_errors
 from .token_file import TokenFile, TokenLayout, from_planes
-from .views import create_views
+from .views import CLIPS_WITH_VIDEOS, create_views
 
 OPEN_FILES = 64
 
@@ -49,8 +49,8 @@ class TokenCache:
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> pa.Table:
         """The answer of a read-only query as an Arrow table; CacheError says what DuckDB has against it.
 
-        Tables: videos, clips, products, shards, failures, files, locations; views: tokens_<product> with codes
-        as lists, and tokens, all of them together. code_usage('<product>') counts every code.
+        Tables: videos, duplicates, clips, products, shards, failures, files, locations; views: tokens_<product>
+        with codes as lists, and tokens, all of them together. code_usage('<product>') counts every code.
         """
         connection = self._connected()
         try:
@@ -63,12 +63,8 @@ class TokenCache:
             raise CacheError(f"the query failed: {' '.join(str(error).partition(chr(10) * 2)[0].split())}") from None
 
     def clips(self, where: str = "true") -> pa.Table:
-        """Clips with their video's uri and caption, filtered by an SQL condition, in the order of clip_id."""
-        return self.sql(
-            f"""select c.*, v.uri, v.caption from clips c
-                left join videos v on v.video_id = c.video_id and v.status = 'planned'
-                where {where} order by clip_id"""
-        )
+        """Clips with uri, caption and metadata of their videos, where an SQL condition holds, by clip_id."""
+        return self.sql(f"from {CLIPS_WITH_VIDEOS} where {where} order by clip_id")
 
     def product(self, name: str) -> str:
         """The product called `name` (`dct` or `tokens/dct`); CacheError lists what the cache has."""
@@ -180,9 +176,17 @@ class TokenCache:
 
     def _connected(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
+            index = ensure_index(self.folder)
             connection = connect(self.folder)
-            connection.execute(f"attach '{_quoted(ensure_index(self.folder))}' as idx (read_only); use idx")
-            create_views(connection, {p: file_uris(connection, self.folder, p) for p in self.info.products}, self.info)
+            try:
+                connection.execute(f"attach '{_quoted(index)}' as idx (read_only); use idx")
+                files = {product: file_uris(connection, self.folder, product) for product in self.info.products}
+                create_views(connection, files, self.info)
+            except duckdb.Error as error:
+                reason = " ".join(str(error).partition("\n")[0].split())
+                raise CacheError(
+                    f"{self.folder.url}: a token file cannot be read ({reason}): tokenmill verify names what is damaged"
+                ) from None
             self._connection = connection
         return self._connection
 

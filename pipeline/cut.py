@@ -35,7 +35,8 @@ def cut_video(pts_s: np.ndarray, end_s: float, clips: ClipsSection) -> Cut:
     if clips.cut == "whole":
         wanted = np.linspace(pts_s[0], pts_s[-1], clips.num_frames)
         times = pts_s[nearest(pts_s, wanted)]
-        return _cut(pts_s, times, np.array([pts_s[0]]), np.array([end_s]), np.array([0, clips.num_frames]), 0)
+        span = np.array([pts_s[0]]), np.array([end_s])
+        return _cut(pts_s, times, span, np.array([0, clips.num_frames]), num_dropped=0)
     if clips.fps == "native":
         grid_s = times = pts_s
     else:
@@ -46,7 +47,7 @@ def cut_video(pts_s: np.ndarray, end_s: float, clips: ClipsSection) -> Cut:
     offsets = np.append(0, np.cumsum(last - first))
     index = np.arange(offsets[-1]) - np.repeat(offsets[:-1] - first, last - first)
     num_dropped = _uncovered(first, last, len(grid_s)) if clips.tail == "drop" else 0
-    return _cut(pts_s, times[index], edges_s[first], edges_s[last], offsets, num_dropped)
+    return _cut(pts_s, times[index], (edges_s[first], edges_s[last]), offsets, num_dropped=num_dropped)
 
 
 def nearest(pts_s: np.ndarray, wanted_s: np.ndarray) -> np.ndarray:
@@ -78,11 +79,12 @@ def _uncovered(first: np.ndarray, last: np.ndarray, num_sampled: int) -> int:
 def _cut(
     pts_s: np.ndarray,
     times_s: np.ndarray,
-    starts_s: np.ndarray,
-    ends_s: np.ndarray,
+    spans_s: tuple[np.ndarray, np.ndarray],
     offsets: np.ndarray,
-    dropped: int,
+    *,
+    num_dropped: int,
 ) -> Cut:
+    starts_s, ends_s = spans_s
     spanned = np.searchsorted(pts_s, ends_s - SAME_TIME_S) - np.searchsorted(pts_s, starts_s - SAME_TIME_S)
     return Cut(
         starts_s_C=starts_s,
@@ -90,5 +92,5 @@ def _cut(
         times_s=times_s,
         offsets=offsets,
         num_spanned_C=np.maximum(spanned, 1),
-        num_dropped=dropped,
+        num_dropped=num_dropped,
     )

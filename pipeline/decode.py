@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Literal, Protocol
 
 import numpy as np
+import torch
 
 from ..schemas.clip import Clip, ClipFailure, ClipFrames, Sampling
 from ..schemas.errors import DecodeError
@@ -46,7 +47,9 @@ class VideoDecoder:
 
     @property
     def identity(self) -> str:
-        return f"{self._choice} {DECORD} {PYAV} resize-{RESIZE_REVISION}"
+        # torch's bilinear is in integers; its bicubic is in floating point, and follows its version.
+        torch_version = f" torch-{torch.__version__}" if self._sampling.resize.endswith("bicubic") else ""
+        return f"{self._choice} {DECORD} {PYAV} resize-{RESIZE_REVISION}{torch_version}"
 
     def decode(self, path: str, clips: Sequence[Clip]) -> Iterator[ClipFrames | ClipFailure]:
         """One value for each of the `clips` of the video at `path`, as they become complete.

@@ -15,7 +15,7 @@ from ..schemas.errors import StorageError
 from ..schemas.shard import CLIPS, ShardManifest
 from ..schemas.tables import CLIP_SCHEMA, PLAN_SCHEMA, VIDEO_SCHEMA
 from .manifests import MANIFESTS, read_manifests
-from .plan import PLAN_FOLDER, Plan, plans_of
+from .plan_file import PLAN_FOLDER, Plan, plans_of
 from .storage import Folder, storage_errors
 
 INDEX = "index.duckdb"
@@ -61,7 +61,11 @@ PRODUCT_SCHEMA = pa.schema(
 
 def connect(folder: Folder, database: str = ":memory:") -> duckdb.DuckDBPyConnection:
     """A DuckDB connection that never downloads extensions and reads the cache's own filesystem."""
-    config: dict[str, Any] = {"autoinstall_known_extensions": "false", "autoload_known_extensions": "false"}
+    config: dict[str, Any] = {
+        "autoinstall_known_extensions": "false",
+        "autoload_known_extensions": "false",
+        "python_enable_replacements": "false",
+    }
     connection = duckdb.connect(database, config=config)
     if not folder.is_local:
         connection.register_filesystem(folder.fs)
@@ -165,8 +169,13 @@ def _add_plans(connection: duckdb.DuckDBPyConnection, folder: Folder, plans: Seq
     _create(connection, "all_videos", [folder.uri(plan.videos_name) for plan in plans], VIDEO_SCHEMA)
     connection.execute("""
         create table videos as
-        select * exclude (metadata), metadata::json as metadata from all_videos
-        qualify row_number() over (partition by video_id, uri order by status <> 'failed' desc) = 1;
+        select * exclude (metadata), metadata::json as metadata from all_videos v
+        where status <> 'duplicate'
+          and not (status = 'failed' and exists (from all_videos w where w.uri = v.uri and w.status <> 'failed'))
+        qualify row_number() over (partition by video_id order by status = 'planned' desc, uri) = 1;
+        create table duplicates as
+        select video_id, uri, caption, metadata::json as metadata, reason from all_videos
+        where status = 'duplicate' qualify row_number() over (partition by uri order by video_id) = 1;
         create table plan_shards as select shard_id, count(*) as num_clips from planned_clips group by shard_id;
         create table failures as
         select f.clip_id, p.video_id, p.uri, f.shard_id, f.product, f.step, f.reason

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .cache import TokenCache
+from .views import CLIPS_WITH_VIDEOS
 
 
 class TokenLoader(IterableDataset[dict[str, Any]]):
@@ -25,8 +26,8 @@ class TokenLoader(IterableDataset[dict[str, Any]]):
         self._batch_size = batch_size
         places = cache.sql(
             f"""select l.name, l.row_in_file, c.clip_id, c.num_valid::bigint as num_valid
-                from locations l join clips c on c.clip_id::uuid = l.clip_id
-                where l.product = ? and ({where}) order by l.name, l.row_in_file""",
+                from (from {CLIPS_WITH_VIDEOS} where {where}) c join locations l on c.clip_id::uuid = l.clip_id
+                where l.product = ? order by l.name, l.row_in_file""",
             [self._product],
         )
         self._places = places

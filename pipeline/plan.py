@@ -6,28 +6,19 @@ videos that were new when it was made.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from ..schemas.clip import Clip, Video
 from ..schemas.digest import digest_of
 from ..schemas.recipe import ClipsSection, Recipe
-from ..schemas.shard import ShardPlan
-from ..schemas.tables import PLAN_SCHEMA, STAMP_SCHEMA, VIDEO_SCHEMA, with_format
+from ..schemas.tables import PLAN_SCHEMA, STAMP_SCHEMA, VIDEO_SCHEMA
 from .cut import Cut, cut_video
-from .storage import Folder, storage_errors
 from .videos import VideoFacts, regular_pts_s
 
-PLAN_FOLDER = "plan"
-CLIPS_PREFIX = f"{PLAN_FOLDER}/clips"
-VIDEOS_PREFIX = f"{PLAN_FOLDER}/videos"
-STAMPS = f"{PLAN_FOLDER}/stamps.parquet"
-VIDEOS_KEY = b"tokenmill.videos"
 CHUNK_CLIPS = 65536
 COST_SCHEMA = pa.schema([*PLAN_SCHEMA, pa.field("cost", pa.int64())])
 
@@ -60,6 +51,7 @@ def make_plan(
         if video.video_id in first_uri:
             builder.add_video(video, status="duplicate", reason=f"same content as {first_uri[video.video_id]}")
         elif video.pts_s is None:
+            first_uri[video.video_id] = video.uri
             builder.add_video(video, status="failed", reason=video.reason)
         else:
             first_uri[video.video_id] = video.uri
@@ -74,7 +66,7 @@ def _cut(video: VideoFacts, clips: ClipsSection) -> Cut:
     return cut_video(video.pts_s, video.end_s, clips)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)
 def _cut_regular(num_frames: int, fps: float, clips: ClipsSection) -> Cut:
     """Videos of one length and rate are cut alike: a table may list millions of them."""
     return cut_video(regular_pts_s(num_frames, fps), num_frames / fps, clips)
@@ -173,17 +165,27 @@ class _Builder:
         self._num_waiting = 0
 
     def _clip_ids(self) -> list[str]:
-        """128 bits of SHA-256 over the video, the sampling and the times in microseconds."""
+        """128 bits of SHA-256 over the video, the sampling, and span and times in microseconds.
+
+        The span counts: two windows within one long-shown frame have the same times.
+        """
         ids = []
         for video, cut in self._cuts:
             base = hashlib.sha256(f"{video.video_id}\n{self._sampling_digest}\n".encode())
-            micros = np.round(cut.times_s * 1e6).astype("<i8").tobytes()
+            spans = _micros(np.stack([cut.starts_s_C, cut.ends_s_C], axis=1))
+            times = _micros(cut.times_s)
             ends = (cut.offsets * 8).tolist()
             for i in range(len(ends) - 1):
                 clip = base.copy()
-                clip.update(micros[ends[i] : ends[i + 1]])
+                clip.update(spans[16 * i : 16 * i + 16])
+                clip.update(times[ends[i] : ends[i + 1]])
                 ids.append(clip.hexdigest()[:32])
         return ids
+
+
+def _micros(times_s: np.ndarray) -> bytes:
+    """Times as whole microseconds, little-endian 64 bits each."""
+    return np.round(times_s * 1e6).astype("<i8").tobytes()
 
 
 def _flush(rows: list[dict], batches: list[pa.RecordBatch], schema: pa.Schema, at_least: int) -> None:
@@ -219,95 +221,3 @@ def _cut_shards(clips: pa.Table, recipe: Recipe) -> pa.Table:
     return clips.select(PLAN_SCHEMA.names).set_column(
         0, PLAN_SCHEMA.field("shard_id"), _repeated(shard_ids, lengths, pa.string())
     )
-
-
-def write_plan(folder: Folder, tables: PlanTables) -> str:
-    """Publish a plan into a cache; returns the name of its clips file."""
-    with folder.staging() as staging, storage_errors(staging):
-        videos_path, clips_path = f"{staging}/videos.parquet", f"{staging}/clips.parquet"
-        pq.write_table(tables.videos.cast(with_format(VIDEO_SCHEMA)), videos_path, compression="zstd")
-        videos = folder.publish(videos_path, VIDEOS_PREFIX, tables.videos.num_rows)
-        schema = with_format(PLAN_SCHEMA, **{VIDEOS_KEY.decode(): videos.name})
-        with pq.ParquetWriter(clips_path, schema, compression="zstd") as writer:
-            for start, length in _runs(tables.clips["shard_id"]):
-                writer.write_table(tables.clips.slice(start, length).cast(schema), row_group_size=length)
-        return folder.publish(clips_path, CLIPS_PREFIX, tables.clips.num_rows).name
-
-
-def _runs(shard_ids: pa.ChunkedArray) -> Iterator[tuple[int, int]]:
-    """Start and length of every run of equal values."""
-    encoded = pa.compute.run_end_encode(shard_ids.combine_chunks())  # pyright: ignore
-    start = 0
-    for end in encoded.run_ends.to_pylist():
-        yield start, end - start
-        start = end
-
-
-class Plan:
-    """One plan file of a cache. Shards are read one at a time, so its size does not matter."""
-
-    def __init__(self, folder: Folder, name: str) -> None:
-        self.name = name
-        stream = folder.fs.open(folder.path(name), "rb")
-        self._parquet = pq.ParquetFile(stream)
-        self.videos_name = (self._parquet.schema_arrow.metadata or {})[VIDEOS_KEY].decode()
-        self.num_clips: int = self._parquet.metadata.num_rows
-
-    def shards(self) -> list[tuple[str, int]]:
-        """Id and number of clips of every shard, in order, from the footer alone."""
-        groups = [self._parquet.metadata.row_group(i) for i in range(self._parquet.metadata.num_row_groups)]
-        return [(str(group.column(0).statistics.min), group.num_rows) for group in groups]
-
-    def shard(self, index: int) -> ShardPlan:
-        """The shard at `index`."""
-        rows = self._parquet.read_row_group(index)
-        return ShardPlan(shard_id=rows["shard_id"][0].as_py(), clips=clips_of(rows))
-
-
-def clips_of(table: pa.Table) -> tuple[Clip, ...]:
-    """The clips in rows of PLAN_SCHEMA; those of one video share its value."""
-    rows = table.to_pylist()
-    videos = {
-        row["video_id"]: Video(uri=row["uri"], size_bytes=row["size_bytes"], digest=row["video_id"]) for row in rows
-    }
-    return tuple(
-        Clip(
-            clip_id=row["clip_id"],
-            video=videos[row["video_id"]],
-            start_s=row["start_s"],
-            end_s=row["end_s"],
-            frame_pts_s=tuple(row["frame_pts_s"]),
-        )
-        for row in rows
-    )
-
-
-def plans_of(folder: Folder) -> list[Plan]:
-    """Every plan of a cache, by name."""
-    names = folder.list(PLAN_FOLDER)
-    return [Plan(folder, name) for name in names if name.startswith(f"{CLIPS_PREFIX}-")]
-
-
-def read_table(folder: Folder, name: str) -> pa.Table:
-    """A stored Parquet table, whole."""
-    with folder.open(name) as stream:
-        return pq.read_table(stream)
-
-
-def unseen(listing: pa.Table, stamps: pa.Table | None) -> pa.Table:
-    """The rows of `listing` that `stamps` does not know with the same stamp."""
-    if stamps is None or not stamps.num_rows:
-        return listing
-    return listing.join(stamps.select(["uri", "stamp"]), keys=["uri", "stamp"], join_type="left anti").sort_by("uri")
-
-
-def remember_stamps(folder: Folder, old: pa.Table | None, new: pa.Table) -> None:
-    """Keep what was read, so that a second run need not read it again."""
-    if not new.num_rows:
-        return
-    if old is not None:
-        kept = old.join(new.select(["uri"]), keys=["uri"], join_type="left anti").select(STAMP_SCHEMA.names)
-        new = pa.concat_tables([kept.cast(STAMP_SCHEMA), new])
-    sink = pa.BufferOutputStream()
-    pq.write_table(new.sort_by("uri").cast(with_format(STAMP_SCHEMA)), sink, compression="zstd")
-    folder.replace(STAMPS, sink.getvalue().to_pybytes())

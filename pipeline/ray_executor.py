@@ -51,9 +51,9 @@ class RayExecutor:
             yield from self._dispatch(first, todo, make_worker)
         except ray.exceptions.RayTaskError as error:
             raise error.cause or error from None
-        except ray.exceptions.ActorDiedError as error:
+        except ray.exceptions.RayError as error:
             raise TokenmillError(
-                f"a token worker died ({' '.join(str(error).split())[:300]}): what was committed is kept,"
+                f"a token worker was lost ({' '.join(str(error).split())[:300]}): what was committed is kept,"
                 f" run the recipe again to resume"
             ) from error
         finally:

@@ -18,8 +18,8 @@ def side_by_side(left_THWC: np.ndarray, right_THWC: np.ndarray) -> np.ndarray:
 
 
 def write_video(path: str, frames_THWC: np.ndarray, fps: float) -> None:
-    """Write frames (T,H,W,3) uint8 as H.264 that every player shows; H and W must be even."""
-    with av.open(path, "w", options={"movflags": "+faststart"}) as container:
+    """Write frames (T,H,W,3) uint8 as H.264 in MP4, which every player shows; H and W must be even."""
+    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"

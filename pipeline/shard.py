@@ -10,10 +10,11 @@ import torch
 
 from ..schemas.clip import Clip, ClipFailure, ClipFrames, FrameBatch
 from ..schemas.digest import digest_of_stream
-from ..schemas.errors import DecodeError, StorageError, TokenmillError
+from ..schemas.errors import DecodeError, SourceError, StorageError, TokenmillError
 from ..schemas.shard import ShardManifest, ShardProgress, ShardReceipt, ShardTask
 from .decode import FrameDecoder
 from .fetch import local_file
+from .places import local_path
 from .prefetch import prefetch
 from .storage import storage_errors
 from .store import ShardRows, write_product
@@ -25,7 +26,8 @@ DECODE_AHEAD_BYTES = 256 << 20
 def process_shard(task: ShardTask, worker: Worker) -> Iterator[ShardProgress | ShardReceipt]:
     """Decode, tokenize, store and commit the products that a shard lacks; the last value is its receipt."""
     shard_id, rows, clock = task.plan.shard_id, ShardRows(), _Clock()
-    decoded = prefetch(decode_clips(task.plan.clips, worker.decoder), _num_bytes, DECODE_AHEAD_BYTES)
+    counted = _Counted(decode_clips(task.plan.clips, worker.decoder))
+    decoded = prefetch(counted, _num_bytes, DECODE_AHEAD_BYTES)
     for clips, failures in batches(decoded, worker.batch_size):
         clock.lap("decode")
         if clips:
@@ -35,7 +37,7 @@ def process_shard(task: ShardTask, worker: Worker) -> Iterator[ShardProgress | S
         num_frames = sum(one.clip.num_valid for one in clips)
         yield ShardProgress(
             shard_id=shard_id,
-            num_decoded=len(clips),
+            num_decoded=counted.take(),
             num_tokenized=len(clips),
             num_frames=num_frames,
             failures=tuple(failures),
@@ -57,9 +59,18 @@ def decode_clips(clips: Sequence[Clip], decoder: FrameDecoder) -> Iterator[ClipF
                     yield result
         except StorageError:
             raise  # our own disk, not the video
+        except SourceError as error:
+            if may_pass(video.uri, error):
+                raise SourceError(f"{error}: what was committed is kept, run the recipe again to resume") from error
+            yield from (ClipFailure(clip_id=clip_id, step="fetch", reason=str(error)) for clip_id in waiting)
         except (TokenmillError, OSError) as error:
-            for clip_id in waiting:
-                yield ClipFailure(clip_id=clip_id, step="decode", reason=str(error))
+            yield from (ClipFailure(clip_id=clip_id, step="decode", reason=str(error)) for clip_id in waiting)
+
+
+def may_pass(uri: str, error: SourceError) -> bool:
+    """Whether a store is out of reach rather than without the video: failure rows would outlast an outage."""
+    absent = isinstance(error.__cause__, FileNotFoundError | PermissionError | IsADirectoryError)
+    return local_path(uri) is None and error.__cause__ is not None and not absent
 
 
 def _check_content(path: str, digest: str) -> None:
@@ -69,7 +80,7 @@ def _check_content(path: str, digest: str) -> None:
     if found != digest:
         raise DecodeError(
             f"the file has changed since it was planned (SHA-256 {found[:12]}, planned {digest[:12]}):"
-            f" run the recipe again to plan what is there now"
+            f" each run plans what is there when it begins"
         )
 
 
@@ -124,6 +135,25 @@ def commit_shard(task: ShardTask, worker: Worker, rows: ShardRows, clock: "_Cloc
 
 def _num_bytes(result: ClipFrames | ClipFailure) -> int:
     return result.frames_THWC.nbytes if isinstance(result, ClipFrames) else 0
+
+
+class _Counted:
+    """Passes results on and counts the decoded ones, which the thread that reads ahead has more of."""
+
+    def __init__(self, results: Iterable[ClipFrames | ClipFailure]) -> None:
+        self._results = results
+        self._num_decoded = self._num_taken = 0
+
+    def __iter__(self) -> Iterator[ClipFrames | ClipFailure]:
+        for result in self._results:
+            self._num_decoded += isinstance(result, ClipFrames)
+            yield result
+
+    def take(self) -> int:
+        """How many were decoded since the last time."""
+        num_new = self._num_decoded - self._num_taken
+        self._num_taken += num_new
+        return num_new
 
 
 class _Clock:

@@ -73,7 +73,8 @@ def _table_rows(place: str, source: TableSource) -> pa.Table:
     stamps, sizes = (
         pc.replace_with_mask(pa.chunked_array([absent]), unknown, pa.array(values, absent.type))
         for absent, values in (
-            (pa.repeat("", len(uris)), [file.stamp for file in files]),
+            # A digest that the source declares is as good a sign that nothing changed.
+            (pc.fill_null(columns["digest"], "").combine_chunks(), [file.stamp for file in files]),
             (pa.nulls(len(uris), pa.int64()), [file.size_bytes for file in files]),
         )
     )
@@ -157,14 +158,14 @@ def _read_csv(path: str, delimiter: str, known: tuple[str, ...]) -> pa.Table:
 
 
 def _as_numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The column as numbers where every text is one, and no digit is lost (``007`` is a name)."""
+    """The column as numbers where every text is one, and none is written otherwise (``007``, ``1.10``: names)."""
     for kind in (pa.int64(), pa.float64()):
         try:
             numbers = texts.cast(kind)
         except pa.ArrowInvalid:
             continue
-        kept = pc.equal(numbers.cast(pa.string()), texts) if kind == pa.int64() else pc.is_finite(numbers)
-        return numbers if pc.all(kept).as_py() else texts
+        if pc.all(pc.equal(numbers.cast(pa.string()), texts)).as_py():
+            return numbers
     return texts
 
 

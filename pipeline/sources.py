@@ -44,11 +44,6 @@ def list_sources(sources: Sequence[Source]) -> pa.Table:
     return pa.table([columns.pop(name).take(order) for name in SOURCE_SCHEMA.names], schema=SOURCE_SCHEMA)
 
 
-def list_source(source: Source) -> pa.Table:
-    """The videos of one source, as `list_sources` gives them."""
-    return list_sources([source])
-
-
 def _list(source: Source) -> pa.Table:
     match source:
         case FilesSource():

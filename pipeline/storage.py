@@ -32,6 +32,12 @@ class Folder:
             raise StorageError(f"{url}: {error}: accepted are local paths and URLs such as s3://bucket/key") from None
         self.root = str(root).rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
+        if self.is_local and os.path.isfile(self.root):
+            raise StorageError(f"{url}: it is a file, a folder is wanted: choose another place")
+        if "*" in self.root or "?" in self.root:
+            raise StorageError(
+                f"{url}: a folder with * or ? in its path would be read as a pattern: choose another place"
+            )
         self.url = self.root if self.is_local else self.fs.unstrip_protocol(self.root)
 
     def path(self, name: str) -> str:
@@ -145,6 +151,19 @@ class Folder:
                 stream.flush()
                 os.fsync(stream.fileno())
             yield aside
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
+
+
+@contextlib.contextmanager
+def written_aside(path: str) -> Iterator[str]:
+    """A path beside the local file `path` to write to: it takes the file's place at the end, and only then."""
+    aside = os.path.join(os.path.dirname(path), f".{uuid.uuid4().hex[:8]}.{os.path.basename(path)}")
+    with storage_errors(path):
+        try:
+            yield aside
+            os.replace(aside, path)
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)

@@ -204,11 +204,6 @@ class TokenFile:
             self._checksums = {}
         self._checked: set[int] = set()
 
-    def rows(self) -> pa.Table:
-        """The small columns of every row (clip_id first), in file order."""
-        small = [name for name in self._parquet.schema_arrow.names if name not in self.layout.widths]
-        return self._parquet.read(columns=small)
-
     def read(self, rows: Sequence[int] | np.ndarray, *, verify: bool = True) -> np.ndarray:
         """Codes (N,...) int32 or the bits of latents (N,...) of the rows asked, in their order."""
         return from_planes(self.read_planes(np.asarray(rows, np.int64), verify=verify), self.layout)

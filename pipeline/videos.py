@@ -67,7 +67,7 @@ def _declared(row: dict) -> VideoFacts:
     return _facts(row, video_id=row["digest"], pts_s=pts_s, end_s=num_frames / fps, fps=fps, is_regular=True)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=64)
 def regular_pts_s(num_frames: int, fps: float) -> np.ndarray:
     """The times of `num_frames` frames at a constant rate, the first at 0."""
     return np.arange(num_frames) / fps

@@ -14,6 +14,9 @@ from ..schemas.shard import CLIPS
 from .store import TOKEN_ROWS_SCHEMA
 from .token_file import HIGH, LOW, TokenLayout, from_planes
 
+# Clips and what a condition on them may also name.
+CLIPS_WITH_VIDEOS = """(select c.*, v.uri, v.caption, v.metadata from clips c left join videos v using (video_id))"""
+
 
 def create_views(connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], info: CacheInfo) -> None:
     """One temporary view tokens_<name> per product, tokens over all of them, and the macro code_usage(name)."""

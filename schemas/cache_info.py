@@ -49,4 +49,4 @@ class CacheInfo:
             }
             return cls(recipe=values["recipe"], products=products)
         except (ValueError, KeyError, TypeError) as error:
-            raise CacheError(f"{name}: damaged ({error}): run the recipe again to write it anew") from error
+            raise CacheError(f"{name}: damaged ({error}): run the recipe that made it to write it anew") from error

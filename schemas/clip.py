@@ -126,7 +126,7 @@ class FrameBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipFailure:
-    """A clip that could not be made, the step that failed (``decode``, ``tokenize``) and why."""
+    """A clip that could not be made, the step that failed (``fetch``, ``decode``) and why."""
 
     clip_id: str
     step: str

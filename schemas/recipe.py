@@ -78,7 +78,7 @@ class ClipsSection(Section):
     cut: Literal["windows", "whole"] = Field(
         default="windows", description="windows of num_frames every stride frames, or the whole video as num_frames"
     )
-    num_frames: int = Field(default=16, ge=1)
+    num_frames: int = Field(default=16, ge=1, le=65536)
     stride: int | None = Field(default=None, ge=1, description="frames from window to window; num_frames by default")
     fps: Literal["native"] | Annotated[float, Field(gt=0, le=1000)] = "native"
     tail: Tail = Field(default="pad", description="pad the last window of a video, or drop and count it")

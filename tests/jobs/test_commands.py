@@ -71,7 +71,7 @@ def test_an_estimate_of_a_sample_is_scaled(tokenmill: Command, write_recipe: Wri
 def test_an_intact_cache_verifies_and_its_sample_is_made_again_alike(tokenmill: Command, cache: Path) -> None:
     done = tokenmill("verify", "cache", "--sample", "3")
     assert done.code == 0
-    assert "files: 4 checked against their SHA-256 and row counts, 0 problems" in done.out
+    assert "files: 6 checked against their SHA-256 and row counts, 0 problems" in done.out
     assert "sample: 3 clips made again from their sources are the same, 0 differ" in done.out
 
 
@@ -200,3 +200,17 @@ def test_the_training_example_learns_from_a_cache(cache: Path) -> None:
     losses = [float(line.split()[3]) for line in done.stdout.splitlines()]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
+
+
+def test_columns_of_one_name_keep_their_values(tokenmill: Command, cache: Path) -> None:
+    printed = tokenmill("sql", "cache", "select 17 as a, 29 as a").out
+    assert printed.split()[-4:] == ["17", "29", "1", "rows"]
+
+
+def test_an_output_replaces_the_old_one_only_when_it_is_whole(tokenmill: Command, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "answer.csv").write_text("old")
+    assert tokenmill("sql", "cache", "select 1 / 'x'", "--format", "csv", "-o", "answer.csv").code == 1
+    assert (tmp_path / "answer.csv").read_text() == "old"
+    assert tokenmill("reconstruct", "cache", first_clip(tokenmill), "out.anything").code == 0
+    assert (tmp_path / "out.anything").read_bytes()[4:8] == b"ftyp"
+    assert not list(tmp_path.glob(".*.out.anything"))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -149,7 +150,13 @@ def test_a_broken_video_is_a_row_and_the_rest_completes(
     status = tokenmill(
         "sql", "cache", "select status, count(*) as n from videos group by 1 order by 1", "--format", "csv"
     )
-    assert status.out == "status,n\nduplicate,1\nfailed,2\nplanned,2\n"
+    assert status.out == "status,n\nfailed,2\nplanned,2\n"
+    copies = tokenmill(
+        "sql", "cache", "select parse_filename(uri) as f, reason from duplicates", "--format", "json"
+    ).out
+    assert json.loads(copies)["f"] == "zz-copy.mp4"
+    assert json.loads(copies)["reason"].startswith("same content as ")
+    assert "2 planned, 2 failed, 1 duplicate" in tokenmill("status", "cache").out
 
 
 def test_a_video_that_changed_after_the_plan_fails_and_is_planned_anew(
@@ -333,3 +340,138 @@ def test_a_job_that_is_stopped_anywhere_resumes_to_the_same_files(
     left = {name: digest for name, digest in data_in(tmp_path / "cache").items() if not name.startswith(".staging")}
     whole = data_in(tmp_path / "whole")
     assert {n: d for n, d in left.items() if n != "cache.json"} == {n: d for n, d in whole.items() if n != "cache.json"}
+
+
+def test_a_repaired_video_leaves_no_failure_behind(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path, footage: Path
+) -> None:
+    whole = (footage / "carphone_distorted.mp4").read_bytes()
+    (videos / "late.mp4").write_bytes(whole[:3000])
+    recipe = write_recipe([videos])
+    assert tokenmill("run", recipe).code == 3
+    (videos / "late.mp4").write_bytes(whole)
+    done = tokenmill("run", recipe)
+    assert (done.code, "3 planned" in done.out) == (0, True), done.out
+
+
+def test_a_video_that_is_gone_is_a_row_and_the_rest_completes(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path
+) -> None:
+    recipe = write_recipe([videos])
+    assert tokenmill("plan", recipe).code == 0
+    (videos / "carphone_pristine.mp4").unlink()
+    assert tokenmill("run", recipe).code == 3
+    steps = tokenmill("sql", "cache", "select distinct step, product from failures order by 2", "--format", "csv").out
+    assert steps == "step,product\nfetch,clips\nfetch,tokens/fake\n"
+    assert tokenmill("sql", "cache", "select count(*) as n from clips", "--format", "csv").out == "n\n32\n"
+
+
+def test_the_exit_code_is_about_the_products_of_the_recipe(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path
+) -> None:
+    assert tokenmill("plan", write_recipe([videos])).code == 0
+    other = write_recipe([videos], tokens={"other": {"tokenizer": "fake"}})
+    done = tokenmill("run", other)
+    assert done.code == 0
+    assert "tokens/fake: 47 clips are not made yet: run a recipe that asks for it to resume" in done.out
+
+
+def test_a_first_run_that_found_nothing_binds_no_one(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path
+) -> None:
+    recipe = write_recipe([videos])
+    assert tokenmill("run", recipe, "--set", "sources.0=/no/such/place").code == 1
+    assert tokenmill("run", recipe, "--set", "clips.height=64").code == 0
+
+
+def test_frames_that_outlast_a_clip_make_clips_of_their_own(
+    tokenmill: Command, write_recipe: WriteRecipe, make_video: Callable[..., str]
+) -> None:
+    slides = make_video("h264", num_frames=4, fps=1)
+    sampling = {"num_frames": 8, "fps": 32, "height": 32, "width": 48}
+    done = tokenmill("run", write_recipe([slides], clips=sampling))
+    assert done.code == 0, done.err + done.out
+    counts = tokenmill(
+        "sql", "cache", "select count(*) as n, count(distinct clip_id) as d from clips", "--format", "csv"
+    )
+    assert counts.out == "n,d\n16,16\n"
+
+
+def test_a_damaged_plan_is_said_and_stamps_do_not_matter(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe([videos])
+    tokenmill("run", recipe)
+    (tmp_path / "cache" / "plan" / "stamps.parquet").write_bytes(b"torn")
+    again = tokenmill("run", recipe)
+    assert (again.code, "clips=0 shards=0" in again.err) == (0, True)
+    (victim,) = (tmp_path / "cache" / "plan").glob("videos-*")
+    data = bytearray(victim.read_bytes())
+    data[50] ^= 1
+    victim.write_bytes(data)
+    verified = tokenmill("verify", "cache")
+    assert verified.code == 1
+    assert f"problem: plan/{victim.name}: damaged, its SHA-256 begins with" in verified.out
+    (victim,) = (tmp_path / "cache" / "plan").glob("clips-*")
+    victim.write_bytes(b"torn")
+    done = tokenmill("run", recipe)
+    assert done.code == 1
+    assert "delete the plan folder and run the recipe again" in done.err
+    shutil.rmtree(tmp_path / "cache" / "plan")
+    assert tokenmill("run", recipe).code == 0
+    assert tokenmill("verify", "cache").code == 0
+
+
+def test_a_pipe_and_a_tiny_video_end_no_job(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path, make_video: Callable[..., str]
+) -> None:
+    os.mkfifo(videos / "pipe.mp4")
+    shutil.copy(make_video("h264", num_frames=8, width=4, height=4), videos / "tiny.mp4")
+    done = tokenmill("run", write_recipe([videos]))
+    assert done.code == 3
+    failures = tokenmill("sql", "cache", "select reason from failures", "--format", "csv").out
+    assert failures.count("not a regular file: name a video file") == 1
+    assert len(failures.splitlines()) == 2
+    assert tokenmill("sql", "cache", "select count(*) as n from clips", "--format", "csv").out == "n\n48\n"
+
+
+def test_a_lost_or_damaged_head_is_written_anew_by_its_recipe_only(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path
+) -> None:
+    recipe, head = write_recipe([videos]), tmp_path / "cache" / "cache.json"
+    tokenmill("run", recipe)
+    whole = head.read_bytes()
+    for damage in (lambda: head.write_bytes(b"{"), head.unlink):
+        damage()
+        other = tokenmill("run", recipe, "--set", "clips.height=64")
+        assert (other.code, "run the recipe that made it" in other.err or "not empty" in other.err) == (1, True)
+        done = tokenmill("run", recipe)
+        assert (done.code, "clips=0 shards=0" in done.err) == (0, True)
+        assert head.read_bytes() == whole
+
+
+def test_a_place_that_cannot_be_a_cache_is_said(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe([videos])
+    (tmp_path / "file").write_text("x")
+    assert "it is a file, a folder is wanted" in tokenmill("run", recipe, "--set", "cache=file").err
+    assert "would be read as a pattern" in tokenmill("run", recipe, "--set", "cache=what?").err
+    (tmp_path / "started").mkdir()
+    (tmp_path / "started" / ".cache.json.1234abcd").write_text("")
+    assert tokenmill("run", recipe, "--set", "cache=started").code == 0
+
+
+def test_a_token_file_that_is_gone_is_said(
+    tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path
+) -> None:
+    tokenmill("run", write_recipe([videos]))
+    shutil.rmtree(tmp_path / "cache" / "tokens")
+    done = tokenmill("sql", "cache", "select count(*) from clips")
+    assert done.code == 1
+    assert "tokenmill verify names what is damaged" in done.err
+
+
+def test_an_unknown_protocol_of_a_recipe_is_one_line(tokenmill: Command) -> None:
+    done = tokenmill("run", "foo://recipe.yaml")
+    assert (done.code, done.err.startswith("tokenmill: recipe foo://recipe.yaml: ")) == (2, True)

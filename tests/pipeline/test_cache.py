@@ -16,7 +16,8 @@ from tokenmill.pipeline.cache import TokenCache, open_cache
 from tokenmill.pipeline.decode import FakeDecoder
 from tokenmill.pipeline.encode import BatchEncoder
 from tokenmill.pipeline.loader import TokenLoader
-from tokenmill.pipeline.plan import make_plan, plans_of, write_plan
+from tokenmill.pipeline.plan import make_plan
+from tokenmill.pipeline.plan_file import plans_of, write_plan
 from tokenmill.pipeline.shard import process_shard
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.videos import VideoFacts
@@ -286,6 +287,15 @@ def test_a_loader_takes_only_the_clips_asked_for(cache: TokenCache) -> None:
     batches = list(TokenLoader(cache, "fake", 3, where="num_valid < 8"))
     assert batches
     assert all(valid < 8 for batch in batches for valid in batch["num_valid"].tolist())
+
+
+@pytest.mark.parametrize(
+    "where", ["clip_id <> 'x'", "video_id = 'uri:3'", "caption is not null", "metadata->>'lang' = 'en'", "start_s < 1"]
+)
+def test_conditions_may_name_any_column_of_clips_and_videos(cache: TokenCache, where: str) -> None:
+    chosen = cache.clips(where)["clip_id"].to_pylist()
+    assert chosen
+    assert sorted(i for batch in cache.loader("dct", 64, where=where) for i in batch["clip_id"]) == chosen
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

@@ -16,9 +16,14 @@ import pytest
 
 from tokenmill.pipeline import fetch
 from tokenmill.pipeline.fetch import local_file
-from tokenmill.pipeline.sources import list_source
+from tokenmill.pipeline.sources import list_sources
 from tokenmill.schemas.errors import SourceError, StorageError
-from tokenmill.schemas.recipe import BytesSource, FilesSource, WebDatasetSource
+from tokenmill.schemas.recipe import BytesSource, FilesSource, Source, WebDatasetSource
+
+
+def listing_of(source: Source) -> pa.Table:
+    """The videos of one source."""
+    return list_sources([source])
 
 
 def content(uri: str, scratch: object) -> bytes:
@@ -30,7 +35,7 @@ def test_every_file_of_a_folder_is_fetched(store, tmp_path):
     videos = {f"{store.url}/{name}": os.urandom(1000) for name in ("a#b.mp4", "é ü%20.mp4", "x&row=1.mp4")}
     for uri, data in videos.items():
         store.put(uri.rpartition("/")[2], data)
-    listed = list_source(FilesSource(path=store.url))["uri"].to_pylist()
+    listed = listing_of(FilesSource(path=store.url))["uri"].to_pylist()
     assert {uri: content(uri, tmp_path) for uri in listed} == videos
 
 
@@ -119,7 +124,7 @@ def test_every_member_of_a_tar_is_fetched_by_its_range(store, tmp_path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     store.put("shard #1.tar", buffer.getvalue())
-    listed = list_source(WebDatasetSource(kind="webdataset", path=store.url))["uri"].to_pylist()
+    listed = listing_of(WebDatasetSource(kind="webdataset", path=store.url))["uri"].to_pylist()
     assert [content(uri, tmp_path) for uri in listed] == list(videos.values())
 
 
@@ -129,7 +134,7 @@ def test_every_cell_of_a_column_is_fetched(store, tmp_path):
     pq.write_table(pa.table({"the video": videos, "n": range(25)}), buffer, row_group_size=10)
     store.put("part #1.parquet", buffer.getvalue())
     source = BytesSource(kind="bytes", path=store.url, video_column="the video")
-    listed = list_source(source)["uri"].to_pylist()
+    listed = listing_of(source)["uri"].to_pylist()
     assert [content(uri, tmp_path) for uri in listed] == videos
     assert [content(uri, tmp_path) for uri in listed[::-1]] == videos[::-1]
 

@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from tokenmill.pipeline.plan import Plan, make_plan, plans_of, read_table, remember_stamps, unseen, write_plan
+from tokenmill.pipeline.plan import make_plan
+from tokenmill.pipeline.plan_file import Plan, plans_of, read_table, remember_stamps, unseen, write_plan
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.videos import VideoFacts, read_facts
 from tokenmill.schemas.recipe import Recipe, parse_recipe
@@ -184,3 +185,15 @@ def test_the_number_of_threads_changes_nothing(num_threads: int) -> None:
     rows = [{"uri": f"/no/{i:02d}.mp4", "stamp": "missing"} for i in range(40)]
     found = list(read_facts(listing(*rows), num_threads))
     assert [fact.uri for fact in found] == [row["uri"] for row in rows]
+
+
+def test_windows_within_one_long_shown_frame_are_different_clips() -> None:
+    slides = facts("/slides.mp4", pts_s=np.array([0.0, 5.0, 10.0]), end_s=15.0)
+    clips = make_plan(recipe(clips={"fps": 8}), [slides]).clips
+    assert clips.num_rows == 8
+    assert len(set(clips["clip_id"].to_pylist())) == 8
+
+
+def test_a_broken_video_listed_twice_is_one_failure_and_a_duplicate() -> None:
+    broken = [facts(uri, pts_s=None, reason="broken", video_id="z" * 64) for uri in ("/a.mp4", "/b.mp4")]
+    assert make_plan(recipe(), broken).videos["status"].to_pylist() == ["failed", "duplicate"]

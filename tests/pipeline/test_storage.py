@@ -92,8 +92,10 @@ def test_every_kind_of_refusal_has_a_remedy(number: int, message: str) -> None:
 
 def test_a_file_in_the_way_is_said(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(StorageError, match="a file of that name is in the way"):
-        Folder(str(tmp_path / "cache")).create("cache.json", b"")
+    with pytest.raises(StorageError, match="it is a file, a folder is wanted: choose another place"):
+        Folder(str(tmp_path / "cache"))
+    with pytest.raises(StorageError, match="a part of the path is a file, not a folder"):
+        Folder(str(tmp_path / "cache" / "inner")).create("cache.json", b"")
 
 
 def test_an_unknown_protocol_is_refused() -> None:
