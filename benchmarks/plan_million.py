@@ -1,6 +1,6 @@
 """Planning 1,000,000 clips from a table that gives digests, frame counts and frame rates: time and peak memory.
 
-`python benchmarks/plan_million.py [--videos 100000] [--clips-per-video 10]`
+`python benchmarks/plan_million.py [--videos 100000] [--clips-per-video 10] [--fps native]`
 """
 
 import argparse
@@ -24,14 +24,14 @@ NUM_FRAMES = 16
 
 
 def write_table(path: Path, num_videos: int, clips_per_video: int) -> None:
-    """A table of videos that exist nowhere, of many different lengths."""
+    """A table of videos that exist nowhere, of 80,000 different lengths and rates."""
     pq.write_table(
         pa.table(
             {
                 "uri": [f"s3://bucket/videos/{i:08d}.mp4" for i in range(num_videos)],
                 "sha256": [hashlib.sha256(str(i).encode()).hexdigest() for i in range(num_videos)],
                 "num_frames": [NUM_FRAMES * clips_per_video - i % NUM_FRAMES for i in range(num_videos)],
-                "fps": [24 + i % 7 for i in range(num_videos)],
+                "fps": [24 + i % 5000 / 1000 for i in range(num_videos)],
                 "caption": [f"video number {i}" for i in range(num_videos)],
             }
         ),
@@ -43,15 +43,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--videos", type=int, default=100_000)
     parser.add_argument("--clips-per-video", type=int, default=10)
+    parser.add_argument("--fps", default="native", help="target rate; videos are then as much longer")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "videos.parquet"
-        write_table(table, options.videos, options.clips_per_video)
+        rate = 1 if options.fps == "native" else 24 / float(options.fps)
+        write_table(table, options.videos, round(options.clips_per_video * rate))
         recipe = parse_recipe(
             {
                 "cache": f"{folder}/cache",
                 "sources": [{"kind": "table", "path": str(table)}],
-                "clips": {"num_frames": NUM_FRAMES},
+                "clips": {"num_frames": NUM_FRAMES, "fps": options.fps},
                 "tokens": {"dct": {"tokenizer": "dct_fsq/488_262144"}},
             }
         )

@@ -1,11 +1,13 @@
 """One shard: what is committed, what fails, and who wins a race."""
 
 import hashlib
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 import torch
 
 from tokenmill.pipeline.decode import FakeDecoder
@@ -16,7 +18,7 @@ from tokenmill.pipeline.shard import process_shard
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.worker import Worker, fingerprints_of
 from tokenmill.schemas.clip import Clip, ClipFailure, ClipFrames, Sampling, Video
-from tokenmill.schemas.errors import CacheError, DecodeError, StorageError
+from tokenmill.schemas.errors import CacheError, DecodeError, SourceError, StorageError
 from tokenmill.schemas.shard import ShardManifest, ShardPlan, ShardProgress, ShardReceipt, ShardTask
 from tokenmill.tokenizers.base import FakeTokenizer
 
@@ -224,3 +226,24 @@ def test_two_products_share_one_decode(tmp_path: Path) -> None:
     receipt = receipt_of(ShardTask(plan=plan_of(6), products=("clips", *tokenizers)), worker)
     assert decoder.num_decoded == 6
     assert [manifest.num_rows for manifest in receipt.manifests] == [6, 6, 6]
+
+
+def test_a_store_out_of_reach_ends_the_job_and_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        s3fs.S3FileSystem.clear_instance_cache()
+        plan = plan_of(2, uri="s3://bucket/gone.mp4")
+        with pytest.raises(SourceError, match="what was committed is kept, run the recipe again to resume"):
+            receipt_of(task_of(plan), worker_for(tmp_path))
+        s3fs.S3FileSystem.clear_instance_cache()
+    assert not (tmp_path / "cache" / "manifests").exists()
+
+
+def test_a_local_video_that_is_gone_is_a_failure_of_its_clips(tmp_path: Path) -> None:
+    receipt = receipt_of(task_of(plan_of(3, uri="/no/such/video.mp4")), worker_for(tmp_path))
+    assert {(f.step, f.reason) for f in receipt.manifests[0].failures} == {
+        ("fetch", "/no/such/video.mp4: it does not exist: check the path")
+    }
