@@ -31,7 +31,9 @@ def local_file(uri: str, scratch: str | None = None) -> Iterator[str]:
     """
     inside, local = video_inside(uri), local_path(uri)
     if inside is None and local is not None:
-        if os.path.exists(local) and not (os.path.isfile(local) or os.path.isdir(local)):  # opening a pipe would wait for ever
+        if os.path.exists(local) and not (
+            os.path.isfile(local) or os.path.isdir(local)
+        ):  # opening a pipe would wait for ever
             raise SourceError(f"{uri}: not a regular file: name a video file")
         with read_errors(uri), open(local, "rb"):
             pass
