@@ -321,7 +321,9 @@ def test_a_job_that_is_stopped_anywhere_resumes_to_the_same_files(
     tokenmill: Command, write_recipe: WriteRecipe, footage: Path, tmp_path: Path, signal_number: int
 ) -> None:
     recipe = write_recipe([footage / "bigbuckbunny.mp4"], shards={"frames": 8})
-    command = [sys.executable, "-c", "from tokenmill.jobs.main import main; main()", "run", recipe]
+    # A shell that runs the tests in the background has SIGINT ignored, and processes inherit that.
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heed}; from tokenmill.jobs.main import main; main()", "run", recipe]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while job.poll() is None and len(list((tmp_path / "cache").glob("manifests/clips/*"))) < 3:
         time.sleep(0.01)
