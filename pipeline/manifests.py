@@ -1,6 +1,6 @@
 """Manifests of a cache: what has been committed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from ..schemas.shard import SHORT_DIGEST, ShardManifest, manifest_name
@@ -27,13 +27,8 @@ def missing_products(committed: frozenset[str], shard_id: str, fingerprints: Map
 def read_manifests(folder: Folder, fingerprints: Mapping[str, str]) -> list[ShardManifest]:
     """All manifests of the given product versions, by product and shard."""
     wanted = [name for name in sorted(committed_names(folder)) if _is_version(name, fingerprints)]
-    return read_named(folder, wanted)
-
-
-def read_named(folder: Folder, names: Iterable[str]) -> list[ShardManifest]:
-    """The manifests of these names, in their order."""
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return list(pool.map(lambda name: ShardManifest.from_json(folder.read(name), folder.uri(name)), names))
+        return list(pool.map(lambda name: ShardManifest.from_json(folder.read(name), folder.uri(name)), wanted))
 
 
 def _is_version(name: str, fingerprints: Mapping[str, str]) -> bool:
