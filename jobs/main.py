@@ -157,7 +157,9 @@ def reconstruct(
 def main() -> None:
     """Run the command line; a user's mistake ends in one line and a non-zero exit code, never a traceback."""
     from ..schemas.errors import RecipeError, TokenmillError
+    from .interruption import heed_interrupts
 
+    heed_interrupts()
     try:
         app()
     except TokenmillError as error:

@@ -12,6 +12,7 @@ from ..schemas.recipe import Recipe
 from ..schemas.shard import ShardProgress, ShardReceipt, ShardTask
 from .build import build_executor, build_worker, cache_info
 from .display import Display, Meter
+from .interruption import raise_if_interrupted
 from .plan import claim_cache, update_plans
 from .status import Status, read_status
 
@@ -63,6 +64,7 @@ def watch(events: Iterable[ShardProgress | ShardReceipt], total: int, display: D
     """Show what the executor reports until it is done."""
     meter = Meter()
     for event in events:
+        raise_if_interrupted()
         if isinstance(event, ShardReceipt):
             meter.add(written=event.manifests[0].num_rows if event.manifests else 0, shards=1)
             if event.num_lost_races:
