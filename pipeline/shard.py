@@ -1,7 +1,6 @@
 """One shard from its plan to its manifests: the whole line that a clip goes through."""
 
 import itertools
-import socket
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,13 +10,13 @@ import torch
 from ..schemas.clip import Clip, ClipFailure, ClipFrames, FrameBatch
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import DecodeError, SourceError, StorageError, TokenmillError
-from ..schemas.shard import ShardManifest, ShardProgress, ShardReceipt, ShardTask
+from ..schemas.shard import ShardProgress, ShardReceipt, ShardTask
+from .commit import commit_shard
 from .decode import FrameDecoder
 from .fetch import local_file
 from .places import local_path
 from .prefetch import prefetch
-from .storage import storage_errors
-from .store import ShardRows, write_product
+from .store import ShardRows
 from .worker import Worker
 
 DECODE_AHEAD_BYTES = 256 << 20
@@ -43,7 +42,7 @@ def process_shard(task: ShardTask, worker: Worker) -> Iterator[ShardProgress | S
             failures=tuple(failures),
         )
     clock.lap("decode")
-    yield commit_shard(task, worker, rows, clock)
+    yield commit_shard(task, worker, rows, clock.laps_s())
 
 
 def decode_clips(clips: Sequence[Clip], decoder: FrameDecoder) -> Iterator[ClipFrames | ClipFailure]:
@@ -105,32 +104,6 @@ def batches(
 def tokenize(batch: FrameBatch, products: Sequence[str], worker: Worker) -> dict[str, torch.Tensor]:
     """The tokens of every token product among `products`, all from the same frames."""
     return {product: worker.encoders[product].encode(batch) for product in products if product in worker.encoders}
-
-
-def commit_shard(task: ShardTask, worker: Worker, rows: ShardRows, clock: "_Clock") -> ShardReceipt:
-    """Publish every product's file, then its manifest; a manifest that is there already wins."""
-    shard_id = task.plan.shard_id
-    manifests, num_lost = [], 0
-    with worker.folder.staging() as staging:
-        for product in task.products:
-            version = worker.fingerprints[product]
-            with storage_errors(staging):
-                path = write_product(staging, product, rows, worker.encoders.get(product), version)
-            files = (worker.folder.publish(path, f"{product}/{shard_id}", len(rows.clips)),) if path else ()
-            clock.lap("write")
-            manifest = ShardManifest(
-                shard_id=shard_id,
-                product=product,
-                fingerprint=version,
-                files=files,
-                failures=tuple(sorted(rows.failures, key=lambda failure: failure.clip_id)),
-                clips_per_video=dict(sorted(Counter(row["video_id"] for row in rows.clips).items())),
-                host=socket.gethostname(),
-                timings_s=clock.laps_s(),
-            )
-            manifests.append(manifest)
-            num_lost += not worker.folder.create(manifest.name, manifest.to_json())
-    return ShardReceipt(shard_id=shard_id, manifests=tuple(manifests), num_lost_races=num_lost)
 
 
 def _num_bytes(result: ClipFrames | ClipFailure) -> int:

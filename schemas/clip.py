@@ -9,6 +9,7 @@ import numpy as np
 ResizeMode = Literal["center_crop", "squash", "letterbox"]
 Interpolation = Literal["bilinear", "bicubic"]
 Tail = Literal["pad", "drop"]
+FailureStatus = Literal["failed", "quarantined"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +127,15 @@ class FrameBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipFailure:
-    """A clip that could not be made, the step that failed (``fetch``, ``decode``) and why."""
+    """A clip that could not be made, the step that failed (``fetch``, ``decode``) and why.
+
+    ``quarantined`` clips are of a video that killed, outlasted or outgrew its decoder: `attempts` times, and
+    `log_tail` is the last that the decoder wrote to its standard error.
+    """
 
     clip_id: str
     step: str
     reason: str
+    status: FailureStatus = "failed"
+    attempts: int = 1
+    log_tail: str = ""

@@ -113,15 +113,29 @@ class TokensSection(Section):
 
 
 class DecodeSection(Section):
-    """Which library reads the frames; auto is decord, and PyAV where decord cannot or errs."""
+    """Which library reads the frames (auto is decord, and PyAV where decord cannot or errs), and where.
+
+    Decoders run in processes of their own, which may die without harm to anything else.
+    """
 
     decoder: Literal["auto", "decord", "pyav"] = "auto"
+    processes: int = Field(default=1, ge=1, description="decoder processes for each worker")
+    run_in: Literal["process", "actor"] = Field(
+        default="process", description="beside the worker, or in Ray actors wherever the cluster has CPUs"
+    )
+    timeout_s: float = Field(
+        default=300, gt=0, description="a decoder that works longer on one video is killed; long videos get more"
+    )
+    memory_mb: int = Field(default=4096, ge=256, description="a decoder that grows larger is killed")
 
 
 class ShardsSection(Section):
-    """How large a shard is: the unit of work, of restart and of files."""
+    """How large a shard is (the unit of work, of restart and of files), and in which files its tokens are kept."""
 
     frames: int = Field(default=16384, ge=1, description="sampled frames per shard, about; shards are balanced by cost")
+    format: Literal["parquet", "webdataset", "both"] = Field(
+        default="parquet", description="tokens as Parquet, as one WebDataset tar per shard, or both"
+    )
 
 
 class ExecutorSection(Section):
@@ -133,6 +147,9 @@ class ExecutorSection(Section):
     threads: int = Field(default=1, ge=1, description="arithmetic threads per worker")
     cpus_per_worker: float = Field(default=1, ge=0)
     gpus_per_worker: float = Field(default=0, ge=0)
+    memory_mb: int | None = Field(default=None, ge=256, description="a Ray worker above it is replaced after its shard")
+    grace_s: float = Field(default=60, ge=0, description="time for shards to finish once the job is asked to stop")
+    wait_s: float = Field(default=300, ge=0, description="time for a Ray cluster to have room for one worker")
 
 
 class Recipe(Section):
@@ -145,6 +162,9 @@ class Recipe(Section):
     decode: DecodeSection = DecodeSection()
     shards: ShardsSection = ShardsSection()
     executor: ExecutorSection = ExecutorSection()
+    storage: dict[str, dict[str, Any]] = Field(
+        default={}, description="fsspec options by protocol, such as s3: {endpoint_url: ...}; never stored in the cache"
+    )
 
 
 def parse_recipe(data: object) -> Recipe:
