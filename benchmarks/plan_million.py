@@ -13,8 +13,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokenmill.jobs.build import build_probers
 from tokenmill.pipeline.plan import make_plan
-from tokenmill.pipeline.plan_file import Plan, write_plan
+from tokenmill.pipeline.plan_file import write_plan
 from tokenmill.pipeline.sources import list_sources
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.videos import read_facts
@@ -59,12 +60,13 @@ def main() -> None:
         )
         start_s = time.perf_counter()
         cache = Folder(recipe.cache)
-        tables = make_plan(recipe, read_facts(list_sources(recipe.sources), num_threads=4))
-        name = write_plan(cache, tables)
+        tables = make_plan(recipe, read_facts(list_sources(recipe.sources), build_probers(recipe)))
+        plan = write_plan(cache, tables)
+        assert plan is not None
         seconds = time.perf_counter() - start_s
         peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-        shards = Plan(cache, name).shards()
-        size_mb = (Path(recipe.cache) / name).stat().st_size / 1e6
+        shards = plan.shards()
+        size_mb = (Path(recipe.cache) / plan.name).stat().st_size / 1e6
     print("| videos | clips | shards | seconds | peak GB | plan MB |")
     print(f"| {options.videos:,} | {tables.clips.num_rows:,} | {len(shards):,} ", end="")
     print(f"| {seconds:.1f} | {peak_gb:.2f} | {size_mb:.0f} |")

@@ -1,34 +1,70 @@
 """Choosing the concrete parts that a recipe names."""
 
 import json
+import os
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
 
 from ..pipeline.decode import VideoDecoder
+from ..pipeline.decode_clips import decode_clips
+from ..pipeline.decoders import ClipDecoder, DirectDecoder, IsolatedDecoder
 from ..pipeline.encode import BatchEncoder
-from ..pipeline.executors import Executor, LocalExecutor
+from ..pipeline.executors import Executor, LocalExecutor, check_address
+from ..pipeline.isolation import Serve
+from ..pipeline.retries import apply_storage_options
 from ..pipeline.storage import Folder
+from ..pipeline.videos import Prober
 from ..pipeline.worker import Worker, fingerprints_of
 from ..schemas.cache_info import CacheInfo, ProductInfo
 from ..schemas.errors import RecipeError, TokenizerError
 from ..schemas.recipe import Recipe, parse_recipe
-from ..schemas.shard import CLIPS, tokens_product
+from ..schemas.shard import WEBDATASET, tokens_product
 from ..tokenizers.load import load_tokenizer
 
 
-def build_worker(recipe: Recipe, cache: str | None = None) -> Worker:
-    """A worker as the recipe asks, writing to its cache or to another folder."""
+def build_worker(recipe: Recipe, cache: str | None = None, *, commits: bool = True) -> Worker:
+    """A worker as the recipe asks, writing to its cache or to another folder; `commits` as in Worker."""
+    apply_storage_options(recipe.storage)
     torch.set_num_threads(recipe.executor.threads)
-    decoder = VideoDecoder(recipe.clips.sampling, recipe.decode.decoder)
     encoders = {tokens_product(name): build_encoder(recipe, name) for name in recipe.tokens}
     return Worker(
         folder=Folder(cache or recipe.cache),
-        decoder=decoder,
+        decoders=tuple(build_decoder(recipe) for _ in range(recipe.decode.processes)),
         encoders=encoders,
-        fingerprints=fingerprints_of(decoder, encoders),
+        fingerprints=fingerprints_of(build_frame_decoder(recipe), encoders, recipe.shards.format),
+        commits=commits,
     )
+
+
+def build_frame_decoder(recipe: Recipe) -> VideoDecoder:
+    """What turns the bytes of a video into frames."""
+    return VideoDecoder(recipe.clips.sampling, recipe.decode.decoder)
+
+
+def build_decoder(recipe: Recipe) -> ClipDecoder:
+    """What fetches and decodes videos: in a process of its own, unless only this process can see them."""
+    if any(source.path.startswith("memory://") for source in recipe.sources):
+        return DirectDecoder(build_frame_decoder(recipe))
+    limits = recipe.decode
+    return IsolatedDecoder(
+        partial(serve_clips, recipe), recipe.clips.sampling, limits.timeout_s, memory_mb=limits.memory_mb
+    )
+
+
+def serve_clips(recipe: Recipe) -> Serve:
+    """In the decoder's process: a function from the clips of a video to their frames."""
+    apply_storage_options(recipe.storage)
+    torch.set_num_threads(recipe.executor.threads)
+    return partial(decode_clips, decoder=build_frame_decoder(recipe))
+
+
+def build_probers(recipe: Recipe) -> list[Prober]:
+    """What reads the facts of videos for the plan: twice as many as cores, since stores answer slowly."""
+    limits = recipe.decode
+    return [Prober(recipe.storage, limits.timeout_s, limits.memory_mb) for _ in range(2 * (os.cpu_count() or 1))]
 
 
 def build_encoder(recipe: Recipe, name: str) -> BatchEncoder:
@@ -45,34 +81,57 @@ def build_encoder(recipe: Recipe, name: str) -> BatchEncoder:
 
 def cache_info(recipe: Recipe, worker: Worker) -> CacheInfo:
     """The head of the cache that this recipe and worker make."""
-    products = {CLIPS: ProductInfo(fingerprint=worker.fingerprints[CLIPS])}
-    for name, section in recipe.tokens.items():
-        encoder = worker.encoders[tokens_product(name)]
-        products[tokens_product(name)] = ProductInfo(
-            fingerprint=worker.fingerprints[tokens_product(name)],
-            section=section.model_dump(mode="json"),
+    sections = {name: section.model_dump(mode="json") for name, section in recipe.tokens.items()}
+    products = {}
+    for product, version in worker.fingerprints.items():
+        encoder = worker.encoders.get(product)
+        if encoder is None:
+            section = sections if product == WEBDATASET else None
+            products[product] = ProductInfo(fingerprint=version, section=section)
+            continue
+        products[product] = ProductInfo(
+            fingerprint=version,
+            section=sections[product.removeprefix("tokens/")],
             tokenizer=json.loads(json.dumps(asdict(encoder.tokenizer.spec))),
             shape=encoder.layout.shape,
         )
-    return CacheInfo(recipe=recipe.model_dump(mode="json"), products=products)
+    return CacheInfo(recipe=recipe.model_dump(mode="json", exclude={"storage"}), products=products)
 
 
 def recipe_of(info: CacheInfo) -> Recipe:
-    """The recipe that would make all that a cache holds: that of its last job, with the products of all jobs."""
+    """The recipe that would make all that a cache holds: that of its last job, with the products of all jobs.
+
+    Tars of other tokens than the token files are left out: one recipe makes either of the same tokens.
+    """
+    tars = info.products[WEBDATASET].section if WEBDATASET in info.products else {}
     tokens: dict[str, Any] = {
-        product.removeprefix("tokens/"): entry.section for product, entry in info.products.items() if entry.section
+        product.removeprefix("tokens/"): entry.section for product, entry in info.products.items() if entry.tokenizer
     }
-    return parse_recipe({**info.recipe, "tokens": tokens})
+    format = "webdataset" if not tokens else "both" if tokens == tars else "parquet"
+    shards = {**info.recipe["shards"], "format": format}
+    return parse_recipe({**info.recipe, "tokens": tokens or tars, "shards": shards})
+
+
+def check_executor(recipe: Recipe) -> None:
+    """RecipeError or TokenmillError where the recipe's executor cannot work, before anything has been done."""
+    executor = recipe.executor
+    if executor.kind == "local":
+        if recipe.decode.run_in == "actor":
+            raise RecipeError("decode.run_in=actor: actors are Ray's: set executor.kind=ray, or decode.run_in=process")
+        return
+    if Folder(recipe.cache).url.startswith("memory://"):
+        raise RecipeError(
+            f"cache: {recipe.cache} lives in one process and executor.kind=ray has several: use a folder or s3://"
+        )
+    check_address(executor.address)
 
 
 def build_executor(recipe: Recipe, worker: Worker) -> Executor:
     """The executor that the recipe names: `worker` itself for local; Ray is imported only for ray."""
     if recipe.executor.kind == "local":
         return LocalExecutor(worker)
-    if Folder(recipe.cache).url.startswith("memory://"):
-        raise RecipeError(
-            f"cache: {recipe.cache} lives in one process and executor.kind=ray has several: use a folder or s3://"
-        )
     from ..pipeline.ray_executor import RayExecutor
 
-    return RayExecutor(recipe.executor)
+    if recipe.decode.run_in == "process":
+        return RayExecutor(recipe.executor)
+    return RayExecutor(recipe.executor, partial(build_decoder, recipe), recipe.decode.processes)

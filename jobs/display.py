@@ -44,10 +44,10 @@ class JsonDisplay:
     """One JSON object per line on standard output."""
 
     def __init__(self) -> None:
-        self._last_s = 0.0
+        self._stream, self._last_s = sys.stdout, 0.0
 
     def event(self, name: str, **values: Any) -> None:
-        print(json.dumps({"event": name, "time": round(time.time(), 3), **values}), flush=True)
+        print(json.dumps({"event": name, "time": round(time.time(), 3), **values}), file=self._stream, flush=True)
 
     def progress(self, phase: str, done: int, total: int, counts: dict[str, float]) -> None:
         now_s = time.monotonic()
@@ -123,10 +123,14 @@ class RichDisplay:
 
 @contextlib.contextmanager
 def showing(*, log_json: bool) -> Iterator[Display]:
-    """The display that fits where the output goes, closed at the end."""
+    """The display that fits where the output goes, closed at the end.
+
+    What libraries print meanwhile (Ray does) goes to standard error, so that standard output holds results only.
+    """
     display = JsonDisplay() if log_json else RichDisplay() if sys.stderr.isatty() else LineDisplay()
     try:
-        yield display
+        with contextlib.redirect_stdout(sys.stderr):
+            yield display
     finally:
         display.close()
 
@@ -140,21 +144,29 @@ def tracked(items: Iterable[Item], phase: str, total: int, display: Display) -> 
 
 
 class Meter:
-    """Counts of a running job, and the rates they imply."""
+    """Counts of a running job, the rates they imply, and what its workers wait for."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
+        self._busy_s: dict[str, float] = {}
         self._start_s = time.monotonic()
 
     def add(self, **counts: int) -> None:
         """Count what has happened."""
         self.counts.update(counts)
 
+    def add_s(self, **seconds: float) -> None:
+        """Add to the time that workers spent on each step."""
+        for step, spent_s in seconds.items():
+            self._busy_s[step] = self._busy_s.get(step, 0.0) + spent_s
+
     def shown(self) -> dict[str, float]:
-        """The counts with clips and frames per second."""
+        """The counts with clips and frames per second, and the share of each step in the workers' time."""
         elapsed_s = max(time.monotonic() - self._start_s, 1e-9)
+        busy_s = max(sum(self._busy_s.values()), 1e-9)
         return {
-            **self.counts,
-            "clips_per_s": round(self.counts["tokenized"] / elapsed_s, 1),
+            **{name: count for name, count in self.counts.items() if count},
+            "clips_per_s": round(self.counts["clips"] / elapsed_s, 1),
             "frames_per_s": round(self.counts["frames"] / elapsed_s, 1),
+            **{f"{step}_pct": round(100 * spent_s / busy_s) for step, spent_s in self._busy_s.items()},
         }

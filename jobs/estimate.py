@@ -1,8 +1,8 @@
 """tokenmill estimate: what a recipe would make and cost, from a small sample that is really made."""
 
 import hashlib
-import os
 import tempfile
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ import numpy as np
 import pyarrow as pa
 from rich.filesize import decimal
 
+from ..pipeline.executors import LocalExecutor
 from ..pipeline.plan import PlanTables, make_plan
 from ..pipeline.plan_file import clips_of
-from ..pipeline.shard import process_shard
 from ..pipeline.sources import list_sources
 from ..pipeline.videos import read_facts
 from ..schemas.recipe import Recipe
 from ..schemas.shard import ShardPlan, ShardReceipt, ShardTask
-from .build import build_worker
+from .build import build_probers, build_worker
 from .printing import new_table, output_console
 
 
@@ -44,7 +44,7 @@ def estimate_recipe(recipe: Recipe, most_videos: int, most_clips: int) -> Estima
     listing = list_sources(recipe.sources)
     sample = _sample(listing, most_videos)
     start_s = time.perf_counter()
-    tables = make_plan(recipe, read_facts(sample, num_threads=os.cpu_count() or 1))
+    tables = make_plan(recipe, read_facts(sample, build_probers(recipe)))
     probe_s = time.perf_counter() - start_s
     scale = listing.num_rows / sample.num_rows
     made = _make_sample(recipe, tables, most_clips) if tables.clips.num_rows else ({}, {}, 0.0, 0)
@@ -91,8 +91,11 @@ def _make_sample(
     with tempfile.TemporaryDirectory(prefix="tokenmill-estimate-") as folder:
         worker = build_worker(recipe, folder)
         plan = ShardPlan(shard_id="estimate", clips=clips_of(rows))
+        task = ShardTask(plan=plan, products=tuple(worker.fingerprints))
+        for decoder in worker.decoders:  # their start is not the clips'
+            list(decoder.decode(plan.clips[:1]))
         start_s = time.perf_counter()
-        *_, receipt = process_shard(ShardTask(plan=plan, products=tuple(worker.fingerprints)), worker)
+        *_, receipt = LocalExecutor(worker).run([task], lambda: worker, threading.Event())
         clips_s = time.perf_counter() - start_s
     assert isinstance(receipt, ShardReceipt)
     num_made = max(1, receipt.manifests[0].num_rows)

@@ -5,8 +5,6 @@ from typing import Annotated, Literal
 
 import typer
 
-INTERRUPTED = 130
-
 app = typer.Typer(
     name="tokenmill",
     help="Turn video into cached tokens that SQL answers and trainers read.",
@@ -20,6 +18,9 @@ CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of a tok
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
+]
+PinnedAs = Annotated[
+    int | None, typer.Option("--snapshot", metavar="N", help="Read the cache as this snapshot pinned it.")
 ]
 LogJson = Annotated[bool, typer.Option("--log-json", help="Report as JSON lines on standard output.")]
 
@@ -50,7 +51,7 @@ def run(
     log_json: LogJson = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the recipe's JSON Schema and exit.")] = False,
 ) -> None:
-    """Run a recipe; running it again resumes it. Exit code 3: finished, but some clips failed."""
+    """Run a recipe; running it again resumes it. Exit code 3: finished, but some clips failed; 75: asked to stop."""
     if schema:
         from .recipes import print_schema
 
@@ -63,9 +64,10 @@ def run(
     chosen += ["executor.kind=ray", f"executor.address={address}"] if address else []
     loaded = load_recipe(recipe, [*(overrides or []), *chosen])
     from .display import showing
+    from .interruption import resumable
     from .run import run_recipe  # only now: a wrong recipe is told before torch is loaded
 
-    with showing(log_json=log_json) as display:
+    with resumable(), showing(log_json=log_json) as display:
         status = run_recipe(loaded, display)
     from .status import show_status
 
@@ -100,22 +102,68 @@ def estimate(
 
 
 @app.command()
-def status(cache: CachePath, log_json: LogJson = False) -> None:
-    """Show a cache's plan, what is done, what failed, sizes and rates."""
+def status(cache: CachePath, log_json: LogJson = False, snapshot: PinnedAs = None) -> None:
+    """Show a cache's plan, what is done, what failed or is quarantined, sizes, rates, and where workers' time went."""
     from .status import read_status, show_status
 
-    show_status(read_status(cache), log_json=log_json)
+    show_status(read_status(cache, snapshot=snapshot), log_json=log_json)
+
+
+@app.command()
+def retry(cache: CachePath, overrides: Overrides = None, log_json: LogJson = False) -> None:
+    """Try failed and quarantined clips and videos again, by the cache's own recipe; exit codes as run has them."""
+    from .display import showing
+    from .interruption import resumable
+    from .retry import retry_cache
+
+    with resumable(), showing(log_json=log_json) as display:
+        done = retry_cache(cache, overrides or [], display)
+    from .status import show_status
+
+    if done:
+        show_status(done, log_json=log_json)
+        raise typer.Exit(done.exit_code)
+
+
+@app.command()
+def snapshot(
+    cache: CachePath, list_them: Annotated[bool, typer.Option("--list", help="List what was pinned.")] = False
+) -> None:
+    """Pin what is committed now: it stays readable, by --snapshot N, whatever is added later."""
+    from .snapshot import list_snapshots, pin_snapshot
+
+    list_snapshots(cache) if list_them else pin_snapshot(cache)
+
+
+@app.command()
+def gc(
+    cache: CachePath,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the files; without it they are listed.")] = False,
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="Only files not touched for so long: running jobs may need others.")
+    ] = "24h",
+    old_versions: Annotated[
+        bool, typer.Option("--old-versions", help="Also product versions neither current nor in a snapshot.")
+    ] = False,
+) -> None:
+    """List, and with --delete remove, files that no manifest, plan or snapshot names."""
+    from .collect import collect_garbage
+
+    collect_garbage(cache, older_than, delete=delete, old_versions=old_versions)
 
 
 @app.command()
 def verify(
     cache: CachePath,
-    sample: Annotated[int, typer.Option(help="Clips to make again from their sources and compare.", min=0)] = 8,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every file against its SHA-256 and row count.")] = False,
+    retokenize: Annotated[
+        float | None, typer.Option(metavar="P", help="Make this fraction of the clips again and compare.", min=0, max=1)
+    ] = None,
 ) -> None:
-    """Check every file against its manifest, the account, and a sample of clips made again."""
+    """Check that every file that manifests, plans and snapshots name is there, and the account; exit code 1 if not."""
     from .verify import verify_cache
 
-    raise typer.Exit(1 if verify_cache(cache, sample) else 0)
+    raise typer.Exit(1 if verify_cache(cache, deep=deep, retokenize=retokenize) else 0)
 
 
 @app.command()
@@ -133,11 +181,12 @@ def sql(
     format: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option(help="How to print it.")] = "table",
     output: Annotated[str | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
     max_rows: Annotated[int, typer.Option(help="Rows that a printed table shows.", min=1)] = 40,
+    snapshot: PinnedAs = None,
 ) -> None:
     """Answer a query over videos, clips, tokens_<product>, shards, failures, products and files."""
     from .sql import print_answer
 
-    print_answer(cache, query, format, output, max_rows)
+    print_answer(cache, query, format, output, max_rows=max_rows, snapshot=snapshot)
 
 
 @app.command()
@@ -147,17 +196,35 @@ def reconstruct(
     output: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Video to write: source left, tokens right.")],
     product: Annotated[str | None, typer.Option(help="Which tokens; the cache's only ones by default.")] = None,
     png: Annotated[str | None, typer.Option(help="Also write a contact sheet of frames to this PNG.")] = None,
+    snapshot: PinnedAs = None,
 ) -> None:
     """Decode a clip's tokens to video, source and reconstruction side by side."""
     from .reconstruct import reconstruct_clip
 
-    reconstruct_clip(cache, clip_id, output, product, png)
+    reconstruct_clip(cache, clip_id, output, product, png=png, snapshot=snapshot)
+
+
+@app.command()
+def export(
+    format: Annotated[Literal["webdataset"], typer.Argument(metavar="webdataset", help="What to write.")],
+    cache: CachePath,
+    output: Annotated[str, typer.Argument(metavar="OUT", help="Empty or new folder; path or fsspec URL.")],
+    product: Annotated[list[str] | None, typer.Option(help="Which tokens, all by default; repeatable.")] = None,
+    where: Annotated[str, typer.Option(metavar="SQL", help="Which clips: a condition on clips and videos.")] = "true",
+    clips_per_tar: Annotated[int, typer.Option(help="Clips in each tar; the last may have fewer.", min=1)] = 8192,
+    snapshot: PinnedAs = None,
+) -> None:
+    """Write tokens of a cache as WebDataset tars, with an index for random access."""
+    from ..pipeline.cache import open_cache
+    from .export import export_webdataset
+
+    export_webdataset(open_cache(cache, snapshot), output, product or [], where, clips_per_tar)
 
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one line and a non-zero exit code, never a traceback."""
     from ..schemas.errors import RecipeError, TokenmillError
-    from .interruption import heed_interrupts
+    from .interruption import INTERRUPTED, heed_interrupts
 
     heed_interrupts()
     try:

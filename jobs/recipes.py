@@ -25,19 +25,19 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
         raise RecipeError(f"recipe {path}: not YAML: {' '.join(str(error).split())}") from None
     if data is None:
         raise RecipeError(f"recipe {path}: empty; see examples/ for one to begin with")
-    for override in overrides:
-        _override(data, override)
+    for change in overrides:
+        override(data, change)
     try:
         return parse_recipe(data)
     except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
 
 
-def _override(data: Any, override: str) -> None:
-    """Set one dotted key in place; list items go by number (`sources.0.path`)."""
-    key, equals, text = override.partition("=")
+def override(data: Any, change: str) -> None:
+    """Set one dotted key in place (`a.b=value`); list items go by number (`sources.0.path`)."""
+    key, equals, text = change.partition("=")
     if not equals or not key:
-        raise RecipeError(f"--set {override!r}: accepted is key=value with a dotted key, for instance clips.fps=8")
+        raise RecipeError(f"--set {change!r}: accepted is key=value with a dotted key, for instance clips.fps=8")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:

@@ -4,20 +4,20 @@ import numpy as np
 import torch
 
 from ..pipeline.cache import TokenCache, open_cache
-from ..pipeline.decode import VideoDecoder
+from ..pipeline.decoders import DirectDecoder
 from ..pipeline.metrics import psnr
 from ..pipeline.render import side_by_side, write_sheet, write_video
-from ..pipeline.shard import decode_clips
 from ..pipeline.storage import written_aside
 from ..schemas.clip import Clip, ClipFailure, Video
 from ..schemas.errors import CacheError, DecodeError
-from ..schemas.shard import CLIPS
-from .build import build_encoder, recipe_of
+from .build import build_encoder, build_frame_decoder, recipe_of
 
 
-def reconstruct_clip(cache: str, clip_id: str, output: str, product: str | None, png: str | None) -> None:
+def reconstruct_clip(
+    cache: str, clip_id: str, output: str, product: str | None, *, png: str | None, snapshot: int | None = None
+) -> None:
     """Write a clip's source and reconstruction side by side to `output`, and a contact sheet to `png`."""
-    opened = open_cache(cache)
+    opened = open_cache(cache, snapshot)
     full_id = opened.clip_id(clip_id)
     name = choose_product(opened, product)
     decoded_THWC = decode_tokens(opened, name, full_id)
@@ -38,7 +38,7 @@ def choose_product(cache: TokenCache, wanted: str | None) -> str:
     """The product asked for, or the only one; CacheError where there are several."""
     if wanted:
         return cache.product(wanted)
-    products = [product for product in cache.info.products if product != CLIPS]
+    products = cache.token_products
     if len(products) != 1:
         raise CacheError(f"{cache.folder.url}: give --product, one of {', '.join(products)}")
     return products[0]
@@ -65,7 +65,7 @@ def source_of(cache: TokenCache, clip_id: str) -> tuple[Clip, np.ndarray]:
         frame_pts_s=tuple(row["frame_pts_s"]),
     )
     recipe = recipe_of(cache.info)
-    (result,) = decode_clips([clip], VideoDecoder(recipe.clips.sampling, recipe.decode.decoder))
+    (result,) = DirectDecoder(build_frame_decoder(recipe)).decode([clip])
     if isinstance(result, ClipFailure):
         raise DecodeError(f"{video.uri}: the source cannot be read again: {result.reason}")
     return clip, result.frames_THWC

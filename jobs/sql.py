@@ -13,11 +13,13 @@ from ..schemas.errors import TokenmillError
 from .printing import new_table, output_console
 
 
-def print_answer(cache: str, query: str, format: str, output: str | None, max_rows: int) -> None:
+def print_answer(
+    cache: str, query: str, format: str, output: str | None, *, max_rows: int, snapshot: int | None = None
+) -> None:
     """Print the answer of one query as `format` (table, csv, json, parquet), or write it to the file `output`."""
     if format == "parquet" and output is None and sys.stdout.isatty():
         raise TokenmillError("--format parquet writes bytes: give --output FILE, or redirect the output")
-    answer = open_cache(cache).sql(query)
+    answer = open_cache(cache, snapshot).sql(query)
     if format == "table" and output is None:
         _print_table(answer, max_rows)
         return

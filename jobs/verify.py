@@ -1,65 +1,111 @@
-"""tokenmill verify: is what the manifests say really there, and would it be made again the same?"""
+"""tokenmill verify: is what the plans, manifests and snapshots say really there?"""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
+from ..pipeline.account import accounts_of
 from ..pipeline.cache import TokenCache, open_cache
-from ..pipeline.manifests import read_manifests
-from ..pipeline.plan_file import Plan, plans_of
+from ..pipeline.manifests import read_all
+from ..pipeline.snapshots import CacheState, live_state, pinned_manifests, read_snapshot, snapshot_numbers
 from ..pipeline.storage import Folder
-from ..schemas.clip import FrameBatch
 from ..schemas.digest import digest_of_stream
-from ..schemas.errors import StorageError, TokenmillError
-from ..schemas.shard import CLIPS, FileEntry, ShardManifest, tokens_product
-from .build import build_worker, recipe_of
-from .reconstruct import source_of
+from ..schemas.errors import CacheError, StorageError
+from ..schemas.plan import PLAN_REMEDY
+from ..schemas.shard import CLIPS, SHORT_DIGEST, WEBDATASET, FileEntry, tokens_product
+from .retokenize import retokenize_sample
+
+READ_THREADS = 8
 
 
-def verify_cache(cache: str, sample: int) -> list[str]:
-    """Check every file, the account, and `sample` clips made again; prints what was found, returns the problems.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedFile:
+    """A file that something names, and what to do if it is not what was named."""
 
-    Files and account are checked from plans and manifests alone: the index is derived from what is checked here.
+    file: FileEntry
+    remedy: str
+
+
+def verify_cache(cache: str, *, deep: bool, retokenize: float | None) -> list[str]:
+    """Check files, account and snapshots; print what was found and return the problems, one line each.
+
+    Sizes are checked by one listing; with `deep` every file is read against its SHA-256 and row count. `retokenize` is
+    the fraction of clips to make again from their sources. Files and account are checked from plans and manifests
+    alone: the index is derived from what is checked here.
     """
     opened = open_cache(cache)
-    versions = {product: info.fingerprint for product, info in opened.info.products.items()}
-    manifests = read_manifests(opened.folder, versions)
-    num_files = sum(len(manifest.files) for manifest in manifests)
-    plans = plans_of(opened.folder)
-    problems = [problem for plan in plans for problem in plan.problems()]
-    problems += damaged_files(opened.folder, manifests)
-    print(f"files: {num_files + 2 * len(plans)} checked against their SHA-256 and row counts, {len(problems)} problems")
-    asked = [CLIPS, *map(tokens_product, opened.info.recipe["tokens"])]  # products of older recipes may lag behind
-    problems += missing_clips(plans, asked, manifests)
-    if sample and problems:
-        print("the sample was not made again: mend the files first")
-    elif sample:
-        num_same, differences = remade_sample(opened, sample)
-        print(f"sample: {num_same} clips made again from their sources are the same, {len(differences)} differ")
-        problems += differences
+    state = live_state(opened.folder)
+    problems: list[str] = []
+    files = list(named_files(opened.folder, state, problems))
+    problems += damaged_files(opened.folder, files) if deep else missing_files(opened.folder, files)
+    how = "read against their SHA-256 and row counts" if deep else "looked up by name and size"
+    print(f"files: {len(files)} {how}, {len(problems)} problems")
+    problems += account_problems(state)
+    if deep and not problems:
+        problems += doubled_clips(opened)
+    if retokenize is not None and problems:
+        print("no clip was made again: mend the files first")
+    elif retokenize is not None:
+        problems += retokenize_sample(opened, retokenize)
     for problem in problems:
         print(f"problem: {problem}")
     return problems
 
 
-def damaged_files(folder: Folder, manifests: Sequence[ShardManifest]) -> Iterator[str]:
-    """One line for every file that is absent or not what its manifest says."""
-    for manifest in manifests:
-        for file in manifest.files:
-            problem = _check_file(folder, file)
+def named_files(folder: Folder, state: CacheState, problems: list[str]) -> Iterator[NamedFile]:
+    """Every file that a plan, a manifest of any version, or a snapshot names; snapshots that cannot be read are
+    added to `problems`.
+    """
+    for plan in state.plans:
+        yield NamedFile(file=plan.record.clips, remedy=PLAN_REMEDY)
+        yield NamedFile(file=plan.record.videos, remedy=PLAN_REMEDY)
+    current = {manifest.name for manifest in state.manifests}
+    manifests = {manifest.name: manifest for manifest in read_all(folder)}
+    for number in snapshot_numbers(folder):
+        try:
+            pinned = pinned_manifests(folder, read_snapshot(folder, number))
+        except (CacheError, StorageError) as error:
+            problems.append(str(error))
+            continue
+        manifests |= {manifest.name: manifest for manifest in pinned if manifest.name not in manifests}
+    for name, manifest in manifests.items():
+        remedy = f"to make it again, delete it and {name}, and run the recipe"
+        if name not in current:
+            remedy = f"{manifest.product} has another version now: only old snapshots need it"
+        yield from (NamedFile(file=file, remedy=remedy) for file in manifest.files)
+
+
+def missing_files(folder: Folder, files: Iterable[NamedFile]) -> Iterator[str]:
+    """One line for every file that is absent or has another size, from one listing."""
+    sizes = {found.name: found.size_bytes for found in folder.find("")}
+    for named in files:
+        file, size_bytes = named.file, sizes.get(named.file.name)
+        if size_bytes is None:
+            yield f"{file.name}: no such file; {named.remedy}"
+        elif size_bytes != file.size_bytes:
+            yield f"{file.name}: {size_bytes} bytes, committed {file.size_bytes}; {named.remedy}"
+
+
+def damaged_files(folder: Folder, files: Iterable[NamedFile]) -> Iterator[str]:
+    """One line for every file that is absent or not what was committed, having read them all."""
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="verify") as pool:
+        for named, problem in pool.map(lambda named: (named, _check_file(folder, named.file)), files):
             if problem:
-                yield f"{file.name}: {problem}; to make it again, delete it and {manifest.name}, and run the recipe"
+                yield f"{named.file.name}: {problem}; {named.remedy}"
 
 
 def _check_file(folder: Folder, file: FileEntry) -> str | None:
-
     try:
         with folder.open(file.name) as stream:
             sha256, size_bytes = digest_of_stream(stream)
             if sha256 != file.sha256:
-                return f"SHA-256 {sha256[:12]} of {size_bytes} bytes, committed {file.sha256[:12]} of {file.size_bytes}"
+                found, wanted = sha256[:SHORT_DIGEST], file.sha256[:SHORT_DIGEST]
+                return f"damaged, SHA-256 {found} of {size_bytes} bytes, committed {wanted} of {file.size_bytes}"
+            if not file.num_rows or not file.name.endswith(".parquet"):
+                return None
             stream.seek(0)
             num_rows = pq.read_metadata(stream).num_rows
     except (StorageError, pa.ArrowException) as error:
@@ -67,40 +113,33 @@ def _check_file(folder: Folder, file: FileEntry) -> str | None:
     return None if num_rows == file.num_rows else f"{num_rows} rows, committed {file.num_rows}"
 
 
-def missing_clips(plans: Sequence[Plan], products: Sequence[str], manifests: Sequence[ShardManifest]) -> Iterator[str]:
-    """One line for every product whose account does not close: planned = committed + failed."""
-    planned = sum(plan.num_clips for plan in plans)
-    for product in products:
-        own = [manifest for manifest in manifests if manifest.product == product]
-        committed, failed = sum(m.num_rows for m in own), sum(len(m.failures) for m in own)
-        if planned != committed + failed:
-            yield (
-                f"{product}: planned {planned}, committed {committed}, failed {failed}:"
-                f" {planned - committed - failed} clips are missing; run the recipe again"
-            )
+def account_problems(state: CacheState) -> Iterator[str]:
+    """One line for every product whose account does not close: planned = committed + failed + quarantined."""
+    for account in accounts_of(state.plans, state.manifests, state.info.fingerprints):
+        quarantined = account.num_quarantined
+        counts = (
+            f"{account.product}: planned {account.num_planned}, committed {account.num_committed},"
+            f" failed {len(account.failed) - quarantined}, quarantined {quarantined}"
+        )
+        if account.num_missing < 0:
+            yield f"{counts}: {-account.num_missing} clips too many: some were committed twice"
+        elif account.num_missing and account.product in _asked(state.info.recipe):
+            yield f"{counts}: {account.num_missing} clips are missing; run the recipe again"
 
 
-def remade_sample(cache: TokenCache, sample: int) -> tuple[int, list[str]]:
-    """How many of the sampled clips came out the same for every product, and a line for each that did not."""
+def _asked(recipe: Mapping) -> set[str]:
+    """The products that the last recipe makes: those of older recipes may lag behind."""
+    format = recipe["shards"]["format"]
+    tokens = {tokens_product(name) for name in recipe["tokens"]} if format != "webdataset" else set()
+    return {CLIPS, *tokens} | ({WEBDATASET} if format != "parquet" else set())
 
-    worker = build_worker(recipe_of(cache.info), cache.folder.url)
-    outdated = [p for p, info in cache.info.products.items() if worker.fingerprints[p] != info.fingerprint]
-    if outdated:
-        return 0, [f"{p}: made by another version of its tokenizer, weights or decoder than is here" for p in outdated]
-    # The order of clip ids is the order of digests, so the first ones are a fair sample.
-    clip_ids = cache.sql("select clip_id from clips order by clip_id limit ?", [sample])["clip_id"].to_pylist()
-    num_same, differences = 0, []
-    for clip_id in clip_ids:
-        try:
-            clip, frames_THWC = source_of(cache, clip_id)
-        except TokenmillError as error:
-            differences.append(f"clip {clip_id}: {error}")
-            continue
-        batch = FrameBatch(clips=(clip,), frames_BTHWC=frames_THWC[None], num_valid_B=(clip.num_valid,))
-        compared = {p: (cache.read(p, [clip_id]), encoder.encode(batch)) for p, encoder in worker.encoders.items()}
-        different = {
-            p: int((stored != made).sum()) for p, (stored, made) in compared.items() if not torch.equal(stored, made)
-        }
-        num_same += not different
-        differences += [f"clip {clip_id}: {n} values of {p} differ" for p, n in different.items()]
-    return num_same, differences
+
+def doubled_clips(cache: TokenCache) -> Iterator[str]:
+    """One line for every product of which a clip has more than one row."""
+    rows = cache.sql("""
+        select product, count(*) as n, min(clip_id) as clip_id from (
+            select 'clips' as product, clip_id from clips group by all having count(*) > 1
+            union all select product, clip_id::varchar from locations group by all having count(*) > 1)
+        group by product order by product""")
+    for row in rows.to_pylist():
+        yield f"{row['product']}: {row['n']} clips are in more than one file, for instance {row['clip_id']}"

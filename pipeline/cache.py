@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..schemas.cache_info import CACHE_INFO, CacheInfo
 from ..schemas.errors import CacheError, did_you_mean
-from ..schemas.shard import CLIPS, tokens_product
+from ..schemas.shard import tokens_product
 from ..schemas.tokens import TokenGrid
+from .cache_head import read_info
 from .index import connect, ensure_index, file_uris
+from .snapshots import read_snapshot, take_snapshot
 from .storage import Folder, storage_errors
 from .token_file import TokenFile, TokenLayout, from_planes
 from .views import CLIPS_WITH_VIDEOS, create_views
@@ -23,28 +24,34 @@ from .views import CLIPS_WITH_VIDEOS, create_views
 OPEN_FILES = 64
 
 
-def open_cache(uri: str) -> "TokenCache":
-    """The token cache at a local path or fsspec URL; CacheError where there is none."""
-    return TokenCache(Folder(uri))
+def open_cache(uri: str, snapshot: int | None = None) -> "TokenCache":
+    """The token cache at a local path or fsspec URL, as it is now or as snapshot number `snapshot` pinned it.
+
+    CacheError where there is no cache, or no such snapshot.
+    """
+    return TokenCache(Folder(uri), snapshot)
 
 
 class TokenCache:
-    """One cache, for reading. Sees what was committed when it was opened."""
+    """One cache, for reading. Sees what was committed when it was opened, or what a snapshot pinned."""
 
-    def __init__(self, folder: Folder) -> None:
+    def __init__(self, folder: Folder, snapshot: int | None = None) -> None:
         self.folder = folder
-        if not folder.exists(CACHE_INFO):
-            raise CacheError(
-                f"{folder.url}: no token cache there (no {CACHE_INFO}): make one with tokenmill run, or check the path"
-            )
-        self.info = CacheInfo.from_json(folder.read(CACHE_INFO), folder.uri(CACHE_INFO))
+        self.info = read_info(folder)
+        self.pinned = None if snapshot is None else read_snapshot(folder, snapshot)
+        if self.pinned:
+            self.info = self.pinned.info
         self._lock = threading.Lock()
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._files: OrderedDict[str, TokenFile] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process opens the cache anew: connections and memory maps do not travel."""
-        return open_cache, (self.folder.url,)
+        """Another process opens the cache anew, at the same snapshot: connections and memory maps do not travel."""
+        return open_cache, (self.folder.url, self.pinned.number if self.pinned else None)
+
+    def snapshot(self) -> int:
+        """Pin what is committed now, and return the snapshot's number; of a cache opened at one, that one's."""
+        return self.pinned.number if self.pinned else take_snapshot(self.folder)[0].number
 
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> pa.Table:
         """The answer of a read-only query as an Arrow table; CacheError says what DuckDB has against it.
@@ -66,12 +73,24 @@ class TokenCache:
         """Clips with uri, caption and metadata of their videos, where an SQL condition holds, by clip_id."""
         return self.sql(f"from {CLIPS_WITH_VIDEOS} where {where} order by clip_id")
 
+    @property
+    def token_products(self) -> list[str]:
+        """The products that `read` takes; CacheError where tokens are in tars only."""
+        products = [product for product, entry in self.info.products.items() if entry.tokenizer]
+        if not products:
+            raise CacheError(
+                f"{self.folder.url}: its tokens are in tars only (shards.format=webdataset): read those with the"
+                f" webdataset library, or run the recipe with shards.format=both"
+            )
+        return products
+
     def product(self, name: str) -> str:
         """The product called `name` (`dct` or `tokens/dct`); CacheError lists what the cache has."""
+        products = self.token_products
         for product in (name, tokens_product(name)):
-            if product in self.info.products and product != CLIPS:
+            if product in products:
                 return product
-        known = [product.removeprefix("tokens/") for product in self.info.products if product != CLIPS]
+        known = [product.removeprefix("tokens/") for product in products]
         raise CacheError(
             f"{self.folder.url}: no product {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
         )
@@ -176,7 +195,7 @@ class TokenCache:
 
     def _connected(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
-            index = ensure_index(self.folder)
+            index = ensure_index(self.folder, self.pinned)
             connection = connect(self.folder)
             try:
                 connection.execute(f"attach '{_quoted(index)}' as idx (read_only); use idx")

@@ -1,37 +1,98 @@
-"""The commit of a shard: every product's file is published, then its manifest is created if it is absent."""
+"""The commit of a shard: the files of a product are published, then its manifest is created if it is absent."""
 
+import logging
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
-from ..schemas.shard import ShardManifest, ShardReceipt, ShardTask
-from .storage import storage_errors
-from .store import ShardRows, write_product
+from ..schemas.shard import CLIPS, WEBDATASET, ShardManifest, ShardReceipt, ShardTask
+from .storage import Folder, storage_errors
+from .store import ShardRows, write_clips, write_shard_tar, write_tokens
+from .webdataset_output import index_path
 from .worker import Worker
+
+log = logging.getLogger(__name__)
 
 
 def commit_shard(task: ShardTask, worker: Worker, rows: ShardRows, timings_s: Mapping[str, float]) -> ShardReceipt:
-    """Publish every product's file, then its manifest; a manifest that is there already wins."""
-    shard_id = task.plan.shard_id
-    start_s = time.perf_counter()
+    """Publish and commit what a shard has made, or leave the commit to the driver where the worker cannot.
+
+    One product after the other: whoever dies on the way, or finds the disk full, loses the products that are not
+    committed yet and leaves the files of one product at most.
+    """
     manifests, num_lost = [], 0
+    for manifest in publish_shard(task, worker, rows, timings_s):
+        manifests.append(manifest)
+        if worker.commits:
+            num_lost += commit_manifests(worker.folder, [manifest])
+    return ShardReceipt(
+        shard_id=task.plan.shard_id,
+        manifests=tuple(manifests),
+        num_lost_races=num_lost,
+        is_committed=worker.commits,
+    )
+
+
+def publish_shard(
+    task: ShardTask, worker: Worker, rows: ShardRows, timings_s: Mapping[str, float]
+) -> Iterator[ShardManifest]:
+    """Publish the files of one product after the other; yields its manifest before it goes on to the next."""
     with worker.folder.staging() as staging:
         for product in task.products:
-            version = worker.fingerprints[product]
+            start_s = time.perf_counter()
+            prefix = f"{product}/{task.plan.shard_id}"
             with storage_errors(staging):
-                path = write_product(staging, product, rows, worker.encoders.get(product), version)
-            files = (worker.folder.publish(path, f"{product}/{shard_id}", len(rows.clips)),) if path else ()
-            manifest = ShardManifest(
-                shard_id=shard_id,
+                written = _write_product(staging, product, task, worker, rows) if rows.clips else {}
+            files = tuple(worker.folder.publish(path, prefix, num_rows) for path, num_rows in written.items())
+            yield ShardManifest(
+                shard_id=task.plan.shard_id,
                 product=product,
-                fingerprint=version,
+                fingerprint=worker.fingerprints[product],
                 files=files,
                 failures=tuple(sorted(rows.failures, key=lambda failure: failure.clip_id)),
                 clips_per_video=dict(sorted(Counter(row["video_id"] for row in rows.clips).items())),
                 host=socket.gethostname(),
                 timings_s={**timings_s, "write": round(time.perf_counter() - start_s, 3)},
             )
-            manifests.append(manifest)
-            num_lost += not worker.folder.create(manifest.name, manifest.to_json())
-    return ShardReceipt(shard_id=shard_id, manifests=tuple(manifests), num_lost_races=num_lost)
+
+
+def _write_product(staging: str, product: str, task: ShardTask, worker: Worker, rows: ShardRows) -> dict[str, int]:
+    """The paths of a product's local files, with how many clips each counts for."""
+    version = worker.fingerprints[product]
+    if product == CLIPS:
+        return {write_clips(staging, rows, version): len(rows.clips)}
+    if product == WEBDATASET:
+        path = write_shard_tar(staging, rows, task.texts, worker.encoders, version)
+        return {path: len(rows.clips), index_path(path): 0}
+    return {write_tokens(staging, rows, product, worker.encoders[product], version): len(rows.clips)}
+
+
+def commit_manifests(folder: Folder, manifests: Sequence[ShardManifest], *, guarded: bool = True) -> int:
+    """Create every manifest that is absent; returns how many were there already, and stand.
+
+    Without `guarded` only one process may commit: for stores that cannot create a file only if it is absent.
+    """
+    create = folder.create if guarded else folder.create_unguarded
+    num_lost = 0
+    for manifest in manifests:
+        if not create(manifest.name, manifest.to_json()):
+            num_lost += 1
+            _remove_loser(folder, manifest)
+    return num_lost
+
+
+def _remove_loser(folder: Folder, manifest: ShardManifest) -> None:
+    """Remove files that only the losing manifest names.
+
+    No third manifest can name them: a file's name holds its shard, and its bytes the version of its product.
+    """
+    winner = ShardManifest.from_json(folder.read(manifest.name), folder.uri(manifest.name))
+    kept = {file.name for file in winner.files}
+    lost = [file.name for file in manifest.files if file.name not in kept]
+    for name in lost:
+        folder.remove(name)
+    log.info(
+        "event=lost_race shard=%s product=%s winner=%s removed=%d",
+        manifest.shard_id, manifest.product, winner.host, len(lost),
+    )  # fmt: skip

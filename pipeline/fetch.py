@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 
 from ..schemas.errors import SourceError
 from .places import ParquetCell, TarMember, local_path, open_store, read_errors, stored_file, video_inside
+from .retries import RetryPolicy, with_retries
 from .storage import storage_errors
 
 CHUNK_BYTES = 8 << 20
 HELD_ROW_GROUP_BYTES = 256 << 20
+WEB = RetryPolicy(attempts=3)  # dead links are common, and S3 sees to itself
 SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,8}$")
 
 
@@ -81,7 +83,10 @@ def _download(uri: str, path: str, folder: str) -> None:
     filesystem, remote_path = open_store(uri)
     with read_errors(uri):
         try:
-            filesystem.get_file(remote_path, path)
+            if uri.startswith(("http://", "https://")):
+                with_retries(lambda: filesystem.get_file(remote_path, path), uri, WEB)
+            else:
+                filesystem.get_file(remote_path, path)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 with storage_errors(folder):

@@ -1,4 +1,7 @@
-"""The index: a DuckDB file derived from plans and manifests, which can be deleted and rebuilt at any time."""
+"""The index: a DuckDB file derived from plans and manifests, which can be deleted and rebuilt at any time.
+
+Every snapshot has one of its own beside that of what is committed now.
+"""
 
 import os
 import tempfile
@@ -9,54 +12,32 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from ..schemas.cache_info import CACHE_INFO, CacheInfo, ProductInfo
+from ..schemas.cache_info import CACHE_INFO, PRODUCTS
 from ..schemas.digest import digest_of
 from ..schemas.errors import StorageError
-from ..schemas.shard import CLIPS, ShardManifest
+from ..schemas.shard import CLIPS
+from ..schemas.snapshot import Snapshot
 from ..schemas.tables import CLIP_SCHEMA, PLAN_SCHEMA, VIDEO_SCHEMA
-from .manifests import MANIFESTS, read_manifests
-from .plan_file import PLAN_FOLDER, Plan, plans_of
+from .account import accounts_of
+from .index_rows import (
+    FAILURE_SCHEMA,
+    FILE_SCHEMA,
+    PLAN_SHARD_SCHEMA,
+    PRODUCT_SCHEMA,
+    SHARD_SCHEMA,
+    failed_rows,
+    file_rows,
+    plan_rows,
+    product_row,
+    shard_row,
+)
+from .manifests import MANIFESTS, is_manifest
+from .plan_file import Plan, plan_names
+from .snapshots import CacheState, state_at
 from .storage import Folder, storage_errors
 
-INDEX = "index.duckdb"
-FILE_SCHEMA = pa.schema(
-    [
-        pa.field("product", pa.string()),
-        pa.field("shard_id", pa.string()),
-        pa.field("name", pa.string()),
-        pa.field("size_bytes", pa.int64()),
-        pa.field("sha256", pa.string()),
-        pa.field("num_rows", pa.int64()),
-    ]
-)
-SHARD_SCHEMA = pa.schema(
-    [
-        pa.field("shard_id", pa.string()),
-        pa.field("product", pa.string()),
-        pa.field("fingerprint", pa.string()),
-        pa.field("num_clips", pa.int64()),
-        pa.field("num_failures", pa.int64()),
-        pa.field("size_bytes", pa.int64()),
-        pa.field("host", pa.string()),
-        pa.field("decode_s", pa.float64()),
-        pa.field("tokenize_s", pa.float64()),
-        pa.field("write_s", pa.float64()),
-    ]
-)
-FAILURE_SCHEMA = pa.schema(
-    [pa.field(name, pa.string()) for name in ("clip_id", "shard_id", "product", "step", "reason")]
-)
-PRODUCT_SCHEMA = pa.schema(
-    [
-        pa.field("product", pa.string()),
-        pa.field("fingerprint", pa.string()),
-        pa.field("tokenizer", pa.string()),
-        pa.field("kind", pa.string()),
-        pa.field("codebook_size", pa.int64()),
-        pa.field("dtype", pa.string()),
-        pa.field("shape", pa.list_(pa.int32())),
-    ]
-)
+INDEX = "index"
+FILENAME = pa.field("filename", pa.string())
 
 
 def connect(folder: Folder, database: str = ":memory:") -> duckdb.DuckDBPyConnection:
@@ -72,27 +53,30 @@ def connect(folder: Folder, database: str = ":memory:") -> duckdb.DuckDBPyConnec
     return connection
 
 
-def index_path(folder: Folder) -> str:
-    """Where the index of a cache lives: inside a local cache that can be written, else beside other user caches."""
+def index_path(folder: Folder, snapshot: Snapshot | None = None) -> str:
+    """Where an index of a cache lives: inside a local cache that can be written, else beside other user caches."""
+    suffix = f"-{snapshot.number}.duckdb" if snapshot else ".duckdb"
     if folder.is_local and os.access(folder.root, os.W_OK):
-        return folder.path(INDEX)
+        return folder.path(f"{INDEX}{suffix}")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache")
-    return os.path.join(base, "tokenmill", "index", f"{digest_of(folder.url)[:16]}.duckdb")
+    return os.path.join(base, "tokenmill", "index", f"{digest_of(folder.url)[:16]}{suffix}")
 
 
-def state_of(folder: Folder) -> str:
+def state_of(folder: Folder, snapshot: Snapshot | None = None) -> str:
     """A digest of what an index is derived from; an index with another one is stale."""
-    names = [
-        name for name in (*folder.list(PLAN_FOLDER), *folder.list(MANIFESTS)) if not name.endswith("stamps.parquet")
-    ]
-    return digest_of([names, folder.read(CACHE_INFO).decode()])
+    if snapshot:
+        return digest_of(snapshot.to_json().decode())
+    # A manifest never changes, but one that was deleted may be made again: with other failures its size is another.
+    manifests = [(file.name, file.size_bytes) for file in folder.find(MANIFESTS) if is_manifest(file.name)]
+    names = [*folder.list(PRODUCTS), *plan_names(folder)]
+    return digest_of([names, manifests, folder.read(CACHE_INFO).decode()])
 
 
-def ensure_index(folder: Folder) -> str:
+def ensure_index(folder: Folder, snapshot: Snapshot | None = None) -> str:
     """The path of an index that is up to date, built now if it is not."""
-    path, state = index_path(folder), state_of(folder)
+    path, state = index_path(folder, snapshot), state_of(folder, snapshot)
     if not os.path.exists(path) or _state_in(path) != state:
-        build_index(folder)
+        build_index(folder, snapshot)
     return path
 
 
@@ -105,22 +89,21 @@ def _state_in(path: str) -> str | None:
     return row[0] if row else None
 
 
-def build_index(folder: Folder) -> str:
+def build_index(folder: Folder, snapshot: Snapshot | None = None) -> str:
     """Derive the index anew and put it in place by rename; readers of an older one keep it. Returns its path."""
-    path = index_path(folder)
+    path = index_path(folder, snapshot)
     with storage_errors(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    state = state_of(folder)
-    info = CacheInfo.from_json(folder.read(CACHE_INFO), folder.uri(CACHE_INFO))
-    manifests = read_manifests(folder, {product: entry.fingerprint for product, entry in info.products.items()})
+    state_digest = state_of(folder, snapshot)
+    state = state_at(folder, snapshot)
     with (
         storage_errors(path),
-        tempfile.TemporaryDirectory(prefix=".index-", dir=os.path.dirname(path)) as aside,
+        tempfile.TemporaryDirectory(prefix=f".{INDEX}-", dir=os.path.dirname(path)) as aside,
     ):
         try:
             with connect(folder, f"{aside}/{INDEX}") as connection:
-                _fill(connection, folder, info, manifests)
-                connection.execute("create table meta as select 'state' as key, ? as value", [state])
+                _fill(connection, folder, state)
+                connection.execute("create table meta as select 'state' as key, ? as value", [state_digest])
         except duckdb.Error as error:
             reason = " ".join(str(error).partition("\n")[0].split())
             raise StorageError(
@@ -130,30 +113,15 @@ def build_index(folder: Folder) -> str:
     return path
 
 
-def _fill(
-    connection: duckdb.DuckDBPyConnection, folder: Folder, info: CacheInfo, manifests: Sequence[ShardManifest]
-) -> None:
-    _insert(
-        connection,
-        "products",
-        PRODUCT_SCHEMA,
-        [_product_row(name, entry) for name, entry in info.products.items()],
-    )
-    _insert(connection, "files", FILE_SCHEMA, [row for manifest in manifests for row in _file_rows(manifest)])
-    _insert(connection, "shards", SHARD_SCHEMA, [_shard_row(manifest) for manifest in manifests])
-    failures = [
-        {
-            "clip_id": f.clip_id,
-            "shard_id": m.shard_id,
-            "product": m.product,
-            "step": f.step,
-            "reason": f.reason,
-        }
-        for m in manifests
-        for f in m.failures
-    ]
-    _insert(connection, "failed_clips", FAILURE_SCHEMA, failures)
-    _add_plans(connection, folder, plans_of(folder))
+def _fill(connection: duckdb.DuckDBPyConnection, folder: Folder, state: CacheState) -> None:
+    products = [product_row(name, entry) for name, entry in state.info.products.items()]
+    _insert(connection, "products", PRODUCT_SCHEMA, products)
+    _insert(connection, "files", FILE_SCHEMA, [row for manifest in state.manifests for row in file_rows(manifest)])
+    _insert(connection, "shards", SHARD_SCHEMA, [shard_row(manifest) for manifest in state.manifests])
+    accounts = accounts_of(state.plans, state.manifests, state.info.fingerprints)
+    _insert(connection, "failed_clips", FAILURE_SCHEMA, [row for account in accounts for row in failed_rows(account)])
+    _insert(connection, "plan_shards", PLAN_SHARD_SCHEMA, [row for plan in state.plans for row in plan_rows(plan)])
+    _add_plans(connection, folder, state.plans)
     _add_rows(connection, folder)
 
 
@@ -164,25 +132,32 @@ def _insert(connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema,
 
 
 def _add_plans(connection: duckdb.DuckDBPyConnection, folder: Folder, plans: Sequence[Plan]) -> None:
-    """Videos as the best of what the plans say of them, and the failures of videos and clips in one table."""
-    _create(connection, "planned_clips", [folder.uri(plan.name) for plan in plans], PLAN_SCHEMA)
-    _create(connection, "all_videos", [folder.uri(plan.videos_name) for plan in plans], VIDEO_SCHEMA)
+    """Videos as the best of what the plans say of them, and the failures of videos and clips in one table.
+
+    A video that could not be read is a failure until a later plan says more of the same uri.
+    """
+    new = [folder.uri(plan.name) for plan in plans if not plan.is_retry]
+    _create(connection, "planned_clips", new, PLAN_SCHEMA)
+    numbers = {folder.uri(plan.videos_name): plan.record.number for plan in plans}
+    _create(connection, "all_videos", list(numbers), pa.schema([*VIDEO_SCHEMA, FILENAME]), "filename = true")
+    rows = [{"filename": name, "plan": number} for name, number in numbers.items()]
+    _insert(connection, "plan_files", pa.schema([FILENAME, pa.field("plan", pa.int64())]), rows)
     connection.execute("""
         create table videos as
-        select * exclude (metadata), metadata::json as metadata from all_videos v
-        where status <> 'duplicate'
-          and not (status = 'failed' and exists (from all_videos w where w.uri = v.uri and w.status <> 'failed'))
-        qualify row_number() over (partition by video_id order by status = 'planned' desc, uri) = 1;
+        select * exclude (metadata, filename, plan, last_plan), metadata::json as metadata
+        from (select *, max(plan) over (partition by uri) as last_plan from all_videos join plan_files using (filename))
+        where status <> 'duplicate' and (status not in ('failed', 'quarantined') or plan = last_plan)
+        qualify row_number() over (partition by video_id order by status = 'planned' desc, plan desc, uri) = 1;
         create table duplicates as
         select video_id, uri, caption, metadata::json as metadata, reason from all_videos
         where status = 'duplicate' qualify row_number() over (partition by uri order by video_id) = 1;
-        create table plan_shards as select shard_id, count(*) as num_clips from planned_clips group by shard_id;
         create table failures as
-        select f.clip_id, p.video_id, p.uri, f.shard_id, f.product, f.step, f.reason
+        select f.clip_id, p.video_id, p.uri, f.shard_id, f.product, f.status, f.step, f.reason, f.attempts, f.log_tail
         from failed_clips f left join planned_clips p using (clip_id)
         union all by name
-        select video_id, uri, 'probe' as step, reason from videos where status = 'failed';
+        select video_id, uri, status, 'probe' as step, reason from videos where status in ('failed', 'quarantined');
         drop table all_videos;
+        drop table plan_files;
         drop table failed_clips;
         drop table planned_clips;
     """)
@@ -190,9 +165,9 @@ def _add_plans(connection: duckdb.DuckDBPyConnection, folder: Folder, plans: Seq
 
 def _add_rows(connection: duckdb.DuckDBPyConnection, folder: Folder) -> None:
     """The clips themselves, and where the tokens of each clip lie: file and row, ordered by clip."""
-    _create(connection, "clips", file_uris(connection, folder, CLIPS), CLIP_SCHEMA, order_by="clip_id")
+    _create(connection, "clips", file_uris(connection, folder, CLIPS), CLIP_SCHEMA, then="order by clip_id")
     connection.execute("create table locations (product varchar, clip_id uuid, name varchar, row_in_file bigint)")
-    for (product,) in connection.execute("select product from products where product <> ?", [CLIPS]).fetchall():
+    for (product,) in connection.execute("select product from products where tokenizer is not null").fetchall():
         uris = file_uris(connection, folder, product)
         if uris:
             connection.execute(
@@ -210,51 +185,16 @@ def file_uris(connection: duckdb.DuckDBPyConnection, folder: Folder, product: st
 
 
 def _create(
-    connection: duckdb.DuckDBPyConnection, name: str, paths: list[str], schema: pa.Schema, order_by: str = ""
+    connection: duckdb.DuckDBPyConnection,
+    name: str,
+    paths: list[str],
+    schema: pa.Schema,
+    options: str = "",
+    *,
+    then: str = "",
 ) -> None:
     """A table of all rows in these Parquet files, or an empty one of the same columns."""
     if paths:
-        order = f"order by {order_by}" if order_by else ""
-        connection.execute(f"create table {name} as from read_parquet(?) {order}", [paths])
+        connection.execute(f"create table {name} as from read_parquet(?{options and ', '}{options}) {then}", [paths])
     else:
         _insert(connection, name, schema, [])
-
-
-def _product_row(name: str, entry: ProductInfo) -> dict:
-    tokenizer = entry.tokenizer or {}
-    return {
-        "product": name,
-        "fingerprint": entry.fingerprint,
-        "tokenizer": tokenizer.get("name"),
-        "kind": tokenizer.get("kind"),
-        "codebook_size": tokenizer.get("codebook_size"),
-        "dtype": tokenizer.get("dtype"),
-        "shape": list(entry.shape),
-    }
-
-
-def _file_rows(manifest: ShardManifest) -> list[dict]:
-    return [
-        {
-            "product": manifest.product,
-            "shard_id": manifest.shard_id,
-            "name": file.name,
-            "size_bytes": file.size_bytes,
-            "sha256": file.sha256,
-            "num_rows": file.num_rows,
-        }
-        for file in manifest.files
-    ]
-
-
-def _shard_row(manifest: ShardManifest) -> dict:
-    return {
-        "shard_id": manifest.shard_id,
-        "product": manifest.product,
-        "fingerprint": manifest.fingerprint,
-        "num_clips": manifest.num_rows,
-        "num_failures": len(manifest.failures),
-        "size_bytes": sum(file.size_bytes for file in manifest.files),
-        "host": manifest.host,
-        **{f"{step}_s": manifest.timings_s.get(step) for step in ("decode", "tokenize", "write")},
-    }

@@ -91,6 +91,15 @@ def local_path(url: str) -> str | None:
     return os.path.abspath(os.path.expanduser(url))
 
 
+def filesystem_of(url: str) -> tuple[Any, str]:
+    """The fsspec filesystem of `url`, and its path on it: S3 with our own retries, and without a memory of listings."""
+    if url.startswith(("s3://", "s3a://")):
+        from .retried_s3 import RetriedS3  # s3fs takes most of a second to import
+
+        return RetriedS3(use_listings_cache=False), str(RetriedS3._strip_protocol(url))
+    return fsspec.core.url_to_fs(url)
+
+
 def open_store(url: str) -> tuple[Any, str]:
     """The fsspec filesystem of `url`, and its path on it; SourceError where no store has such URLs."""
     local = local_path(url)
@@ -98,7 +107,7 @@ def open_store(url: str) -> tuple[Any, str]:
         if local is not None:
             return fsspec.filesystem("file"), local
         try:
-            filesystem, path = fsspec.core.url_to_fs(url)
+            filesystem, path = filesystem_of(url)
         except ValueError as error:
             raise SourceError(f"{url}: {error}: accepted are local paths and URLs such as s3://bucket/key") from None
     return filesystem, path
@@ -127,7 +136,13 @@ def _remedy(error: Exception) -> str:
         return "it is a folder, a file was expected: name a file"
     if "Credentials" in type(error).__name__:
         return "no credentials for the store: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
-    return " ".join(str(error).split()) or type(error).__name__
+    return said_by(error)
+
+
+def said_by(error: BaseException) -> str:
+    """What a library says of its error, in one line."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return "; ".join([" ".join(text.split()), *getattr(error, "__notes__", ())])
 
 
 def stored_file(uri: str) -> StoredFile:

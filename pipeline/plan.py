@@ -2,7 +2,7 @@
 
 The same videos and recipe give the same bytes on any machine: rows are sorted by content digests, and shards
 are cut by predicted cost, never by the number of workers. A cache may hold several plans, each adding the
-videos that were new when it was made.
+videos that were new when it was made, or clips that are tried again (retry_plan).
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from .cut import Cut, cut_video
 from .videos import VideoFacts, regular_pts_s
 
 CHUNK_CLIPS = 65536
+SETTLED = frozenset({"planned", "duplicate", "empty"})  # what is said once of a video, and never again
 COST_SCHEMA = pa.schema([*PLAN_SCHEMA, pa.field("cost", pa.int64())])
 
 
@@ -37,8 +38,8 @@ def make_plan(
 ) -> PlanTables:
     """Cut the videos of `facts` (sorted by uri) into clips and shards.
 
-    `known` gives the status of every (video_id, uri) that an earlier plan of the cache has: those are left
-    out, unless they could not be read then and can be now.
+    `known` gives the latest status of every (video_id, uri) that the cache's plans have: those are left out, unless
+    they could not be read then, and can be now or fail in another way.
     """
     known = known or {}
     builder = _Builder(recipe)
@@ -46,13 +47,13 @@ def make_plan(
     for video in facts:
         builder.add_stamp(video)
         status_before = known.get((video.video_id, video.uri))
-        if status_before and (status_before != "failed" or video.pts_s is None):
+        if status_before in SETTLED or (video.pts_s is None and status_before == video.status):
             continue
         if video.video_id in first_uri:
             builder.add_video(video, status="duplicate", reason=f"same content as {first_uri[video.video_id]}")
         elif video.pts_s is None:
             first_uri[video.video_id] = video.uri
-            builder.add_video(video, status="failed", reason=video.reason)
+            builder.add_video(video, status=video.status, reason=video.reason)
         else:
             first_uri[video.video_id] = video.uri
             builder.add_clips(video, _cut(video, recipe.clips))
@@ -85,7 +86,8 @@ class _Builder:
         self._clip_batches: list[pa.RecordBatch] = []
 
     def add_stamp(self, video: VideoFacts) -> None:
-        if video.stamp and video.reason is None:
+        """Remember what need not be read again: a failure may pass, poison stays poison until a retry is asked for."""
+        if video.stamp and (video.pts_s is not None or video.status == "quarantined"):
             self._stamps.append({"uri": video.uri, "stamp": video.stamp, "video_id": video.video_id})
             _flush(self._stamps, self._stamp_batches, STAMP_SCHEMA, CHUNK_CLIPS)
 
@@ -132,7 +134,7 @@ class _Builder:
         clips = clips.sort_by([("video_id", "ascending"), ("start_s", "ascending")])
         return PlanTables(
             videos=videos.sort_by([("video_id", "ascending"), ("uri", "ascending")]),
-            clips=_cut_shards(clips, self._recipe),
+            clips=cut_shards(clips, self._recipe),
             stamps=pa.Table.from_batches(self._stamp_batches, STAMP_SCHEMA),
         )
 
@@ -198,8 +200,11 @@ def _repeated(values: list, counts: list[int], kind: pa.DataType) -> pa.Array:
     return pa.array(values, kind).take(pa.array(np.repeat(np.arange(len(values)), counts)))
 
 
-def _cut_shards(clips: pa.Table, recipe: Recipe) -> pa.Table:
-    """`clips` with their shard_id: runs of about equal cost, about `shards.frames` frames on average."""
+def cut_shards(clips: pa.Table, recipe: Recipe, salt: str = "") -> pa.Table:
+    """`clips` (COST_SCHEMA, sorted) as PLAN_SCHEMA: runs of about equal cost, about `shards.frames` frames on average.
+
+    A shard's id digests its clips' ids, after `salt`.
+    """
     num_clips = clips.num_rows
     if not num_clips:
         return clips.select(PLAN_SCHEMA.names)
@@ -215,7 +220,8 @@ def _cut_shards(clips: pa.Table, recipe: Recipe) -> pa.Table:
     for end in ends:
         # Cheap clips between dear ones would make a shard of many rows: its memory is bounded too.
         for stop in [*range(start + most_clips, end, most_clips), end] if end > start else []:
-            shard_ids.append(hashlib.sha256("\n".join(clip_ids[start:stop]).encode()).hexdigest()[:16])
+            digest = hashlib.sha256((salt + "\n".join(clip_ids[start:stop])).encode())
+            shard_ids.append(digest.hexdigest()[:16])
             lengths.append(stop - start)
             start = stop
     return clips.select(PLAN_SCHEMA.names).set_column(

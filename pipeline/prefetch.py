@@ -1,64 +1,83 @@
-"""Reading ahead: a generator run in a thread of its own, bounded in bytes."""
+"""Reading ahead: generators run in threads of their own, their items bounded in bytes."""
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
 
-def prefetch(items: Iterable[Item], size_of: Callable[[Item], int], max_bytes: int) -> Iterator[Item]:
-    """The items in their order, made ahead in a thread while at most `max_bytes` of them wait.
+class ReadAhead(Generic[Item]):
+    """The items of all `sources`, each made ahead in a thread of its own while at most `max_bytes` of them wait.
 
-    One item is always let in, however large. An error of the thread is raised here; closing this generator
-    stops the thread.
+    The items of one source keep their order. One item is always let in, however large. An error of a thread is
+    raised where the items are taken. `interrupt` is called where `close` comes before the end: it should make
+    sources that are waiting for something return or raise.
     """
-    ready: deque[tuple[Item, int]] = deque()
-    changed = threading.Condition()
-    waiting_bytes = 0
-    finished = stopped = False
-    error: BaseException | None = None
 
-    def has_room(size: int) -> bool:
-        return stopped or not ready or waiting_bytes + size <= max_bytes
+    def __init__(
+        self,
+        sources: Sequence[Iterable[Item]],
+        size_of: Callable[[Item], int],
+        max_bytes: int,
+        interrupt: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._size_of, self._max_bytes, self._interrupt = size_of, max_bytes, interrupt
+        self._ready: deque[tuple[Item, int]] = deque()
+        self._changed = threading.Condition()
+        self._num_running = len(sources)
+        self._is_stopped = False
+        self._error: BaseException | None = None
+        self.waiting_bytes = 0
+        self._threads = [threading.Thread(target=self._produce, args=(s,), name="ahead", daemon=True) for s in sources]
+        for thread in self._threads:
+            thread.start()
 
-    def produce() -> None:
-        nonlocal waiting_bytes, finished, error
+    def __iter__(self) -> Iterator[Item]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._ready or not self._num_running or self._error)
+                if not self._ready:
+                    if self._error is not None:
+                        raise self._error
+                    return
+                item, size = self._ready.popleft()
+                self.waiting_bytes -= size
+                self._changed.notify_all()
+            yield item
+
+    def close(self) -> None:
+        """Stop all threads and wait for them."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
+            is_early = bool(self._num_running)
+        if is_early:
+            self._interrupt()
+        for thread in self._threads:
+            thread.join()
+
+    def _has_room(self, size: int) -> bool:
+        return self._is_stopped or not self._ready or self.waiting_bytes + size <= self._max_bytes
+
+    def _produce(self, items: Iterable[Item]) -> None:
         try:
             for item in items:
-                size = size_of(item)
-                with changed:
-                    changed.wait_for(partial(has_room, size))
-                    if stopped:
+                size = self._size_of(item)
+                with self._changed:
+                    self._changed.wait_for(partial(self._has_room, size))
+                    if self._is_stopped:
                         return
-                    ready.append((item, size))
-                    waiting_bytes += size
-                    changed.notify_all()
+                    self._ready.append((item, size))
+                    self.waiting_bytes += size
+                    self._changed.notify_all()
         except BaseException as caught:
-            error = caught
+            with self._changed:
+                if not self._is_stopped:
+                    self._error = self._error or caught
         finally:
-            with changed:
-                finished = True
-                changed.notify_all()
-
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            with changed:
-                changed.wait_for(lambda: ready or finished)
-                if not ready:
-                    break
-                item, size = ready.popleft()
-                waiting_bytes -= size
-                changed.notify_all()
-            yield item
-        if error is not None:
-            raise error
-    finally:
-        with changed:
-            stopped = True
-            changed.notify_all()
-        thread.join()
+            with self._changed:
+                self._num_running -= 1
+                self._changed.notify_all()

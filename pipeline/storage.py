@@ -2,23 +2,43 @@
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import socket
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, BinaryIO
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import StorageError
 from ..schemas.shard import SHORT_DIGEST, FileEntry
-from .places import STORE_LIBRARIES
+from .places import STORE_LIBRARIES, filesystem_of, said_by
+from .retries import Attempts, HalfWritten, RetryPolicy, answer_of
+
+log = logging.getLogger(__name__)
 
 STAGING = ".staging"
+NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+# Stores whose fsspec library sends create-if-absent as one request; the others look first and then write.
+CREATING_PROTOCOLS = {"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"}
+UPLOADS = RetryPolicy(attempts=3, total_s=3600)  # each of them is many requests, which are retried on their own
+MODIFIED_KEYS = ("LastModified", "last_modified", "mtime", "updated", "created")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundFile:
+    """A file of a folder as its store lists it; `modified_s` is Unix time, and now where the store does not tell."""
+
+    name: str
+    size_bytes: int
+    modified_s: float
 
 
 class Folder:
@@ -27,7 +47,7 @@ class Folder:
     def __init__(self, url: str) -> None:
         try:
             with storage_errors(url):
-                self.fs, root = fsspec.core.url_to_fs(url)
+                self.fs, root = filesystem_of(url)
         except (ValueError, ImportError) as error:
             raise StorageError(f"{url}: {error}: accepted are local paths and URLs such as s3://bucket/key") from None
         self.root = str(root).rstrip("/")
@@ -67,12 +87,49 @@ class Folder:
     def list(self, prefix: str) -> list[str]:
         """The names of all files below the folder `prefix`, sorted; none where it does not exist."""
         with storage_errors(self.uri(prefix)):
-            self.fs.invalidate_cache()
-            found = self.fs.find(self.path(prefix))
-        return sorted(path[len(self.root) + 1 :] for path in map(str, found))
+            paths = _local_files(self.path(prefix)) if self.is_local else self._objects(prefix)
+            return sorted(path[len(self.root) + 1 :] for path in paths)
+
+    def find(self, prefix: str) -> "list[FoundFile]":
+        """All files below the folder `prefix`, by name; none where it does not exist."""
+        with storage_errors(self.uri(prefix)):
+            if self.is_local:
+                found = [found for path in _local_files(self.path(prefix)) if (found := self._stat(path))]
+            else:
+                found = [self._listed(path, info) for path, info in self._objects(prefix).items()]
+        return sorted(found, key=lambda file: file.name)
+
+    def remove(self, name: str) -> None:
+        """Remove the file `name`; one that is gone already is no error."""
+        with storage_errors(self.uri(name)), contextlib.suppress(FileNotFoundError):
+            if self.is_local:
+                os.unlink(self.path(name))
+            else:
+                self.fs.rm_file(self.path(name))
+
+    def can_create(self) -> bool:
+        """Whether `create` is exact here, however many race; tried out with a file of a random name.
+
+        Where it is not (file systems without hard links, object stores that ignore If-None-Match), one process
+        alone may commit, with `create_unguarded`.
+        """
+        probe = f".probe-{uuid.uuid4().hex}"
+        if self.is_local:
+            with storage_errors(self.url), self._aside(probe, b"") as aside:
+                return self._link(aside, f"{aside}.link")
+        if not CREATING_PROTOCOLS.intersection(self._protocols()):
+            return False
+        try:
+            return self.create(probe, b"first") and not self.create(probe, b"second")
+        finally:
+            self.remove(probe)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Write `name` unless it exists: True for the one writer that made it, False for all others."""
+        """Write `name` unless it exists: True for the one writer that made it, False for all others.
+
+        In an object store, writers of the same bytes may all be told True: a writer whose answer was lost knows
+        its file by its bytes.
+        """
         with storage_errors(self.uri(name)):
             if not self.is_local:
                 return self._create_object(name, data)
@@ -80,15 +137,26 @@ class Folder:
                 try:
                     os.link(aside, self.path(name))
                 except FileExistsError:
-                    return False
+                    return os.stat(aside).st_nlink > 1  # ours, where a network file system repeated the request
+                except OSError as error:
+                    if error.errno not in NO_HARD_LINKS:
+                        raise
+                    return self._create_exclusively(name, data)
                 _sync_folder(self.path(name))
                 return True
+
+    def create_unguarded(self, name: str, data: bytes) -> bool:
+        """What `create` does, where no other process may be writing `name`."""
+        if self.exists(name):
+            return False
+        self.replace(name, data)
+        return True
 
     def replace(self, name: str, data: bytes) -> None:
         """Write `name`, in place of what was there."""
         with storage_errors(self.uri(name)):
             if not self.is_local:
-                self.fs.pipe_file(self.path(name), data)
+                self._upload(name, len(data), lambda: self.fs.pipe_file(self.path(name), data))
                 return
             with self._aside(name, data) as aside:
                 os.replace(aside, self.path(name))
@@ -107,7 +175,7 @@ class Folder:
                 os.replace(local_path, self.path(name))
                 _sync_folder(self.path(name))
             else:
-                self.fs.put_file(local_path, self.path(name))
+                self._upload(name, size_bytes, lambda: self._put_file(local_path, name, size_bytes))
         return entry
 
     @contextlib.contextmanager
@@ -127,16 +195,102 @@ class Folder:
             with contextlib.suppress(OSError):
                 os.rmdir(self.path(STAGING))
 
+    def _protocols(self) -> set[str]:
+        protocol = self.fs.protocol
+        return {protocol} if isinstance(protocol, str) else set(protocol)
+
     def _create_object(self, name: str, data: bytes) -> bool:
         try:
             self.fs.pipe_file(self.path(name), data, mode="create")
-        except FileExistsError:
-            return False
         except OSError as error:
-            # Some S3 servers answer a lost race (412) with a code that s3fs maps to EINVAL.
-            if error.errno != errno.EINVAL or not self.fs.exists(self.path(name)):
+            if not isinstance(error, FileExistsError) and answer_of(error)[0] != 412:
+                raise
+            # Ours, if the first answer was lost: aiohttp and our retries make the request again.
+            with contextlib.suppress(FileNotFoundError):
+                return self.fs.cat_file(self.path(name)) == data
+            return False
+        if self._size(name) != len(data):
+            self._upload(name, len(data), lambda: self.fs.pipe_file(self.path(name), data))
+        return True
+
+    def _upload(self, name: str, size_bytes: int, put: Callable[[], object]) -> None:
+        """Run `put` until the store holds all `size_bytes` of `name`; never leave it there in part."""
+        attempts = Attempts(f"upload {self.uri(name)}", UPLOADS)
+        while True:
+            put()
+            found = self._size(name)
+            if found == size_bytes:
+                return
+            try:
+                wait_s = attempts.wait_after(HalfWritten(f"the store holds {found} of {size_bytes} bytes sent"))
+            except HalfWritten:
+                self.remove(name)
+                raise
+            time.sleep(wait_s)
+
+    def _put_file(self, local_path: str, name: str, size_bytes: int) -> None:
+        try:
+            self.fs.put_file(local_path, self.path(name))
+        except FileNotFoundError:  # S3 says so of a multipart upload that is complete, if the answer was lost
+            if self._size(name) != size_bytes:
+                raise
+
+    def _size(self, name: str) -> int | None:
+        """The size of an object as the store has it now; None where there is none."""
+        try:
+            self.fs.invalidate_cache()
+            return self.fs.info(self.path(name))["size"]
+        except FileNotFoundError:
+            return None
+
+    def _objects(self, prefix: str) -> dict[str, Any]:
+        """What an object store lists of the files below `prefix`, by path."""
+        self.fs.invalidate_cache()
+        found = self.fs.find(self.path(prefix), detail=True)
+        return {str(path): info for path, info in found.items() if not path.endswith("/")}
+
+    def _listed(self, path: str, info: dict[str, Any]) -> FoundFile:
+        modified = next((info[key] for key in MODIFIED_KEYS if info.get(key)), time.time())
+        if isinstance(modified, str):
+            modified = datetime.fromisoformat(modified)
+        modified_s = modified.timestamp() if isinstance(modified, datetime) else float(modified)
+        return FoundFile(name=path[len(self.root) + 1 :], size_bytes=info["size"], modified_s=modified_s)
+
+    def _stat(self, path: str) -> FoundFile | None:
+        """A local file; None where it was removed since it was listed."""
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return None
+        return FoundFile(name=path[len(self.root) + 1 :], size_bytes=status.st_size, modified_s=status.st_mtime)
+
+    def _link(self, aside: str, target: str) -> bool:
+        """Whether this file system has hard links: `target` is made and removed."""
+        try:
+            os.link(aside, target)
+        except OSError as error:
+            if error.errno not in NO_HARD_LINKS:
                 raise
             return False
+        os.unlink(target)
+        return True
+
+    def _create_exclusively(self, name: str, data: bytes) -> bool:
+        """The next best without hard links: exact too, but a power cut in the middle leaves a part of the file."""
+        target = self.path(name)
+        try:
+            stream = open(target, "xb")
+        except FileExistsError:
+            return False
+        try:
+            with stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except BaseException:
+            os.unlink(target)
+            raise
+        _sync_folder(target)
         return True
 
     @contextlib.contextmanager
@@ -154,6 +308,17 @@ class Folder:
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(aside)
+
+
+def _local_files(folder: str) -> Iterator[str]:
+    """The paths of all files below a local folder, without asking for anything but names."""
+
+    def raise_if_unreadable(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for place, _, names in os.walk(folder.rstrip("/"), onerror=raise_if_unreadable, followlinks=True):
+        yield from (f"{place}/{name}" for name in names)
 
 
 @contextlib.contextmanager
@@ -203,7 +368,9 @@ def storage_errors(place: str) -> Iterator[None]:
         if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in STORE_LIBRARIES:
             raise
         number = error.errno if isinstance(error, OSError) else None
-        if number is None:  # object stores raise these without a number
-            number = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES}.get(type(error))
-        remedy = REMEDIES.get(number or 0) or " ".join(str(error).split()) or type(error).__name__
+        if number is None and isinstance(error, FileNotFoundError) and answer_of(error)[1] != "NoSuchBucket":
+            number = errno.ENOENT  # object stores raise it without a number
+        remedy = REMEDIES.get(number or 0) or said_by(error)
+        if number is None and isinstance(error, PermissionError):
+            remedy = f"permission denied ({remedy}): check the credentials, and what they may do there"
         raise StorageError(f"{place}: {remedy}") from error

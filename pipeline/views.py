@@ -10,7 +10,6 @@ from duckdb.func import ARROW
 from duckdb.sqltypes import BLOB, INTEGER
 
 from ..schemas.cache_info import CacheInfo, ProductInfo
-from ..schemas.shard import CLIPS
 from .store import TOKEN_ROWS_SCHEMA
 from .token_file import HIGH, LOW, TokenLayout, from_planes
 
@@ -22,7 +21,7 @@ def create_views(connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequ
     """One temporary view tokens_<name> per product, tokens over all of them, and the macro code_usage(name)."""
     together = []
     for product, entry in info.products.items():
-        if product == CLIPS or not entry.tokenizer:
+        if not entry.tokenizer:
             continue
         name = product.removeprefix("tokens/")
         _create_token_view(connection, name, files[product], entry)

@@ -9,6 +9,7 @@ from .errors import CacheError
 from .tables import FORMAT_VERSION
 
 CLIPS = "clips"
+WEBDATASET = "webdataset"
 SHORT_DIGEST = 12
 
 
@@ -92,31 +93,67 @@ def manifest_name(shard_id: str, product: str, fingerprint: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VideoText:
+    """What a source says of a video in words: its caption, and its metadata as the text of a JSON object."""
+
+    caption: str | None = None
+    metadata: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShardTask:
-    """A shard and the products that it still lacks."""
+    """A shard and the products that it still lacks.
+
+    `texts` are captions and metadata by video digest, of those videos that have any; only tars need them.
+    """
 
     plan: ShardPlan
     products: tuple[str, ...]
+    texts: Mapping[str, VideoText] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardProgress:
-    """What has happened since the last report, while a shard is being made."""
+    """What has happened since the last report, while a shard is being made.
+
+    `timings_s` are the seconds that the worker waited for decoded frames (``decode``) and that its tokenizers took
+    (``tokenize``); `queue_bytes` are frames decoded ahead; `num_retries` counts requests to a store made again.
+    """
 
     shard_id: str
-    num_decoded: int = 0
-    num_tokenized: int = 0
+    num_clips: int = 0
     num_frames: int = 0
+    num_tokens: int = 0
     failures: tuple[ClipFailure, ...] = ()
+    timings_s: Mapping[str, float] = field(default_factory=dict)
+    queue_bytes: int = 0
+    num_retries: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerLost:
+    """A worker that died with its shard in hand, for the `attempts`th time; at the last one the shard is given up."""
+
+    shard_id: str
+    reason: str
+    attempts: int
+    is_given_up: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardReceipt:
     """A finished shard: one manifest per product that it lacked.
 
-    `num_lost_races` counts manifests that another worker had committed first; its files stand.
+    `num_lost_races` counts manifests that another worker had committed first; its files stand. Where `is_committed`
+    is False the files are published, and the driver has yet to commit the manifests.
     """
 
     shard_id: str
     manifests: tuple[ShardManifest, ...]
     num_lost_races: int
+    is_committed: bool = True
+
+    @property
+    def write_s(self) -> float:
+        """Seconds that writing, publishing and committing took."""
+        return sum(manifest.timings_s.get("write", 0.0) for manifest in self.manifests)

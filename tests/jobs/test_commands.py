@@ -1,8 +1,7 @@
-"""The commands around a job: plan, estimate, status, verify, sql, reconstruct, index."""
+"""The commands around a job: plan, estimate, status, sql, reconstruct, index."""
 
 import io
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -68,54 +67,6 @@ def test_an_estimate_of_a_sample_is_scaled(tokenmill: Command, write_recipe: Wri
     assert "about" in sampled.out
 
 
-def test_an_intact_cache_verifies_and_its_sample_is_made_again_alike(tokenmill: Command, cache: Path) -> None:
-    done = tokenmill("verify", "cache", "--sample", "3")
-    assert done.code == 0
-    assert "files: 6 checked against their SHA-256 and row counts, 0 problems" in done.out
-    assert "sample: 3 clips made again from their sources are the same, 0 differ" in done.out
-
-
-def test_verify_names_damaged_absent_and_missing_files(tokenmill: Command, cache: Path) -> None:
-    damaged, absent = sorted((cache / "tokens" / "dct").iterdir())
-    data = bytearray(damaged.read_bytes())
-    data[100] ^= 1
-    damaged.write_bytes(data)
-    absent.unlink()
-    next((cache / "manifests" / "clips").iterdir()).unlink()
-    done = tokenmill("verify", "cache")
-    assert done.code == 1
-    assert f"problem: tokens/dct/{damaged.name}: SHA-256" in done.out
-    assert f"problem: tokens/dct/{absent.name}" in done.out
-    assert "no such file" in done.out
-    assert "tokenmill verify names what is absent or damaged" in tokenmill("status", "cache").err
-    assert "clips are missing; run the recipe again" in done.out
-
-
-def test_what_verify_says_to_do_mends_the_cache(tokenmill: Command, cache: Path, recipe: str) -> None:
-    victim = next((cache / "tokens" / "dct").iterdir())
-    victim.write_bytes(b"torn")
-    problem = next(line for line in tokenmill("verify", "cache").out.splitlines() if "to make it again" in line)
-    manifest = problem.partition("delete it and ")[2].partition(",")[0]
-    victim.unlink()
-    (cache / manifest).unlink()
-    assert tokenmill("run", recipe).code == 0
-    assert tokenmill("verify", "cache").code == 0
-    assert victim.exists()
-
-
-def test_verify_notices_tokens_that_would_be_made_differently(
-    tokenmill: Command, cache: Path, footage: Path, recipe: str, tmp_path: Path
-) -> None:
-    source = tmp_path / "video.mp4"
-    shutil.copy(footage / "carphone_pristine.mp4", source)
-    moved = ["--set", f"sources.0={source}", "--set", "cache=other"]
-    assert tokenmill("run", recipe, *moved).code == 0
-    shutil.copy(footage / "carphone_distorted.mp4", source)
-    done = tokenmill("verify", "other", "--sample", "2")
-    assert done.code == 1
-    assert done.out.count("the source cannot be read again: the file has changed since it was planned") == 2
-
-
 @pytest.mark.parametrize("format", ["csv", "json", "parquet"])
 def test_answers_come_in_every_format(tokenmill: Command, cache: Path, format: str, tmp_path: Path) -> None:
     query = "select clip_id, num_valid, frame_pts_s from clips order by clip_id"
@@ -178,20 +129,32 @@ def test_the_index_can_be_deleted_and_rebuilt(tokenmill: Command, cache: Path) -
 
 
 def test_token_files_carry_the_products_fingerprint(cache: Path) -> None:
-    info = json.loads((cache / "cache.json").read_text())
+    info = json.loads((cache / "products" / "tokens" / "dct" / "1.json").read_text())
     for path in (cache / "tokens" / "dct").iterdir():
-        assert (
-            pq.read_schema(path).metadata[b"tokenmill.fingerprint"].decode()
-            == info["products"]["tokens/dct"]["fingerprint"]
-        )
+        assert pq.read_schema(path).metadata[b"tokenmill.fingerprint"].decode() == info["fingerprint"]
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "index", "sql", "reconstruct"])
+@pytest.mark.parametrize("command", ["status", "verify", "index", "sql", "reconstruct", "retry", "snapshot", "gc"])
 def test_a_place_without_a_cache_is_said_by_every_command(tokenmill: Command, command: str) -> None:
     rest = {"sql": ["select 1"], "reconstruct": ["abc", "x.mp4"]}.get(command, [])
     done = tokenmill(command, "nowhere", *rest)
     assert done.code == 1
     assert "nowhere: no token cache there (no cache.json): make one with tokenmill run, or check the path" in done.err
+
+
+def test_status_says_where_the_workers_time_went(tokenmill: Command, cache: Path) -> None:
+    (line,) = [line for line in tokenmill("status", "cache").out.splitlines() if line.startswith("workers: ")]
+    shares = [int(part.split()[-1].rstrip("%")) for part in line.partition(" of ")[0].split(", ")]
+    assert [part.rpartition(" ")[0] for part in line.removeprefix("workers: ").partition(" of ")[0].split(", ")] == [
+        "decode wait",
+        "tokenize",
+        "write",
+    ]
+    assert 98 <= sum(shares) <= 102
+    seconds = json.loads(tokenmill("status", "cache", "--log-json").out)["worker_s"]
+    manifests = [json.loads(path.read_text())["timings_s"] for path in (cache / "manifests" / "clips").iterdir()]
+    assert seconds["decode wait"] == pytest.approx(sum(timings["decode"] for timings in manifests))
+    assert seconds["tokenize"] == pytest.approx(sum(timings["tokenize"] for timings in manifests))
 
 
 def test_the_training_example_learns_from_a_cache(cache: Path) -> None:
@@ -214,3 +177,16 @@ def test_an_output_replaces_the_old_one_only_when_it_is_whole(tokenmill: Command
     assert tokenmill("reconstruct", "cache", first_clip(tokenmill), "out.anything").code == 0
     assert (tmp_path / "out.anything").read_bytes()[4:8] == b"ftyp"
     assert not list(tmp_path.glob(".*.out.anything"))
+
+
+def test_tokens_that_are_in_tars_only_are_said_to_be(
+    tokenmill: Command, write_recipe: WriteRecipe, footage: Path
+) -> None:
+    recipe = write_recipe([footage / "carphone_pristine.mp4"], shards={"format": "webdataset"})
+    assert tokenmill("run", recipe).code == 0
+    for options in ([], ["--product", "fake"]):
+        done = tokenmill("reconstruct", "cache", first_clip(tokenmill), "x.mp4", *options)
+        assert (done.code, "its tokens are in tars only (shards.format=webdataset)" in done.err) == (1, True)
+    assert tokenmill("verify", "cache", "--deep").code == 0
+    assert "there is none with all its tokens in Parquet" in tokenmill("verify", "cache", "--retokenize", "1").out
+    assert tokenmill("retry", "cache").code == 0

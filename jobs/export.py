@@ -1,0 +1,141 @@
+"""tokenmill export: the tokens of a cache in another format, for trainers that do not read the cache itself."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ..pipeline.cache import TokenCache
+from ..pipeline.storage import Folder, storage_errors
+from ..pipeline.store import bits_of
+from ..pipeline.token_file import TokenLayout
+from ..pipeline.views import CLIPS_WITH_VIDEOS
+from ..pipeline.webdataset_output import Sample, TarProduct, index_path, tars_fingerprint, write_tar
+from ..schemas.cache_info import ProductInfo
+from ..schemas.digest import digest_of_stream
+from ..schemas.errors import CacheError, StorageError
+from ..schemas.shard import VideoText
+from ..schemas.tables import FORMAT_VERSION
+
+EXPORT_MANIFEST = "manifest.json"
+READ_CLIPS = 512
+
+
+def export_webdataset(cache: TokenCache, output: str, names: Sequence[str], where: str, clips_per_tar: int) -> None:
+    """Write the clips that the SQL condition `where` holds for, with their tokens of the products `names` (none: all),
+    to tars in the empty folder `output`. The manifest is written last: with it the export is complete.
+    """
+    folder, products = _empty_folder(output), _products(cache, names)
+    clip_ids, num_left_out = choose_clips(cache, list(products), where)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": tars_fingerprint({product: entry.fingerprint for product, entry in products.items()}),
+        "products": {
+            _short(product): {**_tar_product(entry).to_json(), "fingerprint": entry.fingerprint}
+            for product, entry in products.items()
+        },
+        "where": where,
+        "num_clips": len(clip_ids),
+        "num_left_out": num_left_out,
+        "tars": list(_write_tars(cache, folder, products, clip_ids, clips_per_tar)),
+    }
+    folder.replace(EXPORT_MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode() + b"\n")
+    left_out = f", {num_left_out} left out for want of a product" if num_left_out else ""
+    print(f"{folder.uri(EXPORT_MANIFEST)}: {len(clip_ids)} clips with {', '.join(map(_short, products))}{left_out}")
+
+
+def choose_clips(cache: TokenCache, products: Sequence[str], where: str) -> tuple[list[str], int]:
+    """The clips that `where` holds for and that every product has, in the order of the first one's files, so that each
+    file is read once; and how many others `where` holds for.
+    """
+    places = cache.sql(
+        f"""select c.clip_id, count(distinct l.product) = len(?::varchar[]) as is_complete
+            from (from {CLIPS_WITH_VIDEOS} where {where}) c
+            left join (from locations where list_contains(?::varchar[], product)) l on l.clip_id = c.clip_id::uuid
+            group by c.clip_id order by min(l.name) filter (where l.product = ?), c.clip_id""",
+        [list(products), list(products), products[0]],
+    )
+    clip_ids = places.filter(places["is_complete"])["clip_id"].to_pylist()
+    if not clip_ids:
+        raise CacheError(
+            f"{cache.folder.url}: no clip has tokens of {', '.join(map(_short, products))} where {where}:"
+            f' tokenmill sql CACHE "from clips" lists clips'
+        )
+    return clip_ids, places.num_rows - len(clip_ids)
+
+
+def _products(cache: TokenCache, names: Sequence[str]) -> dict[str, ProductInfo]:
+    """The token products asked for, by product; all of the cache where none is named."""
+    chosen = {cache.product(name) for name in names} or {
+        p for p, entry in cache.info.products.items() if entry.tokenizer
+    }
+    if not chosen:
+        raise CacheError(
+            f"{cache.folder.url}: it has no tokens as Parquet to export, but tars: they can be read as they are"
+        )
+    return {product: cache.info.products[product] for product in sorted(chosen)}
+
+
+def _tar_product(entry: ProductInfo) -> TarProduct:
+    tokenizer = entry.tokenizer or {}
+    size = tokenizer["codebook_size"]
+    dtype = tokenizer["dtype"] if size is None else "uint16"
+    layout = TokenLayout(dtype=dtype, shape=tuple(entry.shape), codebook_size=size)
+    return TarProduct(tokenizer=tokenizer["name"], layout=layout)
+
+
+def _empty_folder(output: str) -> Folder:
+    folder = Folder(output)
+    found = folder.list("")
+    if found:
+        raise StorageError(f"{folder.url}: not empty ({found[0]} is there): give an empty or new folder")
+    return folder
+
+
+def _write_tars(
+    cache: TokenCache, folder: Folder, products: Mapping[str, ProductInfo], clip_ids: list[str], clips_per_tar: int
+) -> Iterator[dict[str, Any]]:
+    """Write and put in place one tar after the other; yields what the manifest says of each."""
+    members = {_short(product): _tar_product(entry) for product, entry in products.items()}
+    version = tars_fingerprint({product: entry.fingerprint for product, entry in products.items()})
+    with folder.staging() as staging:
+        for number, start in enumerate(range(0, len(clip_ids), clips_per_tar)):
+            path, chosen = f"{staging}/{number:05d}.tar", clip_ids[start : start + clips_per_tar]
+            with storage_errors(staging):
+                write_tar(path, _samples(cache, members, chosen), members, version)
+            index, tar = _put(folder, index_path(path)), _put(folder, path)
+            print(f"{folder.uri(tar['name'])}: {len(chosen)} clips, {tar['size_bytes']} bytes")
+            yield {**tar, "index": index["name"], "num_clips": len(chosen)}
+
+
+def _samples(cache: TokenCache, members: Mapping[str, TarProduct], clip_ids: Sequence[str]) -> Iterator[Sample]:
+    """The samples of these clips, in their order, a few at a time in memory."""
+    for start in range(0, len(clip_ids), READ_CLIPS):
+        chosen = clip_ids[start : start + READ_CLIPS]
+        query = f"from {CLIPS_WITH_VIDEOS} where list_contains(?::varchar[], clip_id)"
+        rows = {row["clip_id"]: row for row in cache.sql(query, [chosen]).to_pylist()}
+        arrays = {name: member.arrays(bits_of(cache.read(name, chosen))) for name, member in members.items()}
+        for i, clip_id in enumerate(chosen):
+            row = rows[clip_id]
+            yield Sample(
+                clip=row,
+                text=VideoText(caption=row["caption"], metadata=row["metadata"]),
+                arrays={name: array[i] for name, array in arrays.items()},
+            )
+
+
+def _put(folder: Folder, path: str) -> dict[str, Any]:
+    """Put a finished local file in place whole; returns its name and what its bytes are."""
+    name = os.path.basename(path)
+    with open(path, "rb") as stream:
+        sha256, size_bytes = digest_of_stream(stream)
+    with storage_errors(folder.uri(name)):
+        if folder.is_local:
+            os.replace(path, folder.path(name))
+        else:
+            folder.fs.put_file(path, folder.path(name))
+    return {"name": name, "size_bytes": size_bytes, "sha256": sha256}
+
+
+def _short(product: str) -> str:
+    return product.removeprefix("tokens/")

@@ -1,0 +1,6 @@
+"""The harness and its parts are imported by name."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "poison")]

@@ -1,0 +1,141 @@
+"""Jobs that are hurt: whatever dies, and whenever, the cache ends as that of a job that was left alone."""
+
+import itertools
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import POISON, Contents, Job, MakeJob, assert_same, contents_of, make_videos
+from poison import append
+
+
+@pytest.fixture(scope="session")
+def videos(make_video: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty videos of 75 frames."""
+    folder = tmp_path_factory.mktemp("faults") / "videos"
+    make_videos(folder, make_video(num_frames=75, width=128, height=128), 40)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_job(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeJob:
+    """make_job(cache=None, kind="local", ...): a job over those videos, in a folder of its own."""
+    numbers = itertools.count()
+
+    def make(cache: str | None = None, sources: Path = videos, **sections: Any) -> Job:
+        folder = tmp_path_factory.mktemp(f"job{next(numbers)}")
+        recipe = {
+            "sources": [str(sources)],
+            "clips": {"num_frames": 8, "height": 96, "width": 96},
+            "tokens": {"dct": {"tokenizer": "dct_fsq/488_262144", "batch_size": 4}},
+            "shards": {"frames": 150},
+        }
+        return Job(folder=folder, cache=cache or f"{folder}/cache", recipe=recipe | sections)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def whole(make_job: MakeJob) -> Contents:
+    """What the job makes when it is left alone."""
+    job = make_job()
+    assert job.finish(most_runs=1) == 0
+    found = contents_of(job.cache)
+    assert len(found.clip_ids) == 40 * 10
+    return found
+
+
+RAY = {"kind": "ray", "workers": 2}
+NUM_KILLS = [3, pytest.param(50, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("num_kills", NUM_KILLS)
+def test_drivers_killed_at_random_lose_nothing(make_job: MakeJob, whole: Contents, num_kills: int) -> None:
+    chance, kills = random.Random(num_kills), 0
+    while kills < num_kills:
+        job = make_job()
+        job.kill_drivers(num_kills - kills, chance, (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+        assert job.finish() == 0
+        assert_same(job, whole)
+        kills += job.counts.get("driver kills", 0)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("num_kills", "decode"),
+    [(3, "actor"), *(pytest.param(50, where, marks=pytest.mark.slow) for where in ("process", "actor"))],
+)
+def test_workers_killed_at_random_lose_nothing(make_job: MakeJob, whole: Contents, num_kills: int, decode: str) -> None:
+    chance, kills = random.Random(num_kills), 0
+    kinds = ["token worker", "decoder"] + ["decode actor"] * (decode == "actor")
+    while kills < num_kills:
+        job = make_job(executor=RAY, decode={"run_in": decode})
+        job.kill_workers(kinds, num_kills - kills, chance, every_s=1.5)
+        assert job.finish() == 0
+        assert_same(job, whole)
+        kills += job.counts.get("worker kills", 0)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_drivers_killed_at_random_lose_nothing(make_job: MakeJob, whole: Contents) -> None:
+    job = make_job(executor=RAY)
+    job.kill_drivers(8, random.Random(8), (signal.SIGKILL, signal.SIGTERM))
+    assert job.finish() == 0
+    assert_same(job, whole)
+
+
+@pytest.mark.parametrize(
+    ("num_videos", "executor"),
+    [(10, {}), pytest.param(200, {}, marks=pytest.mark.slow), pytest.param(200, RAY, marks=pytest.mark.slow)],
+    ids=str,
+)
+def test_poison_is_quarantined_and_nothing_else(
+    make_job: MakeJob, make_video: Callable[..., str], tmp_path: Path, num_videos: int, executor: dict
+) -> None:
+    kinds = ("segfault", "hang", "memory")
+    num_poison = num_videos // 20 or 3
+    make_videos(tmp_path / "videos", make_video(num_frames=40), num_videos)
+    poisoned = [f"{i * (num_videos // num_poison):03d}.mp4" for i in range(num_poison)]
+    for name, kind in zip(poisoned, itertools.cycle(kinds), strict=False):
+        append(str(tmp_path / "videos" / name), f"{'probe' if name == poisoned[-1] else 'decode'} {kind}")
+    job = make_job(
+        sources=tmp_path / "videos",
+        decode={"timeout_s": 2, "memory_mb": 700},
+        executor=executor,
+        tokens={"fake": {"tokenizer": "fake"}},
+    )
+    job.environment["PYTHONPATH"] = POISON
+    assert job.finish(most_runs=1) == 3, job.said()
+    query = "select distinct uri, status, attempts from failures order by uri"
+    assert job.command("sql", job.cache, query, "--format", "csv", "-o", str(tmp_path / "failures.csv")) == 0
+    rows = (tmp_path / "failures.csv").read_text().splitlines()[1:]
+    assert rows == [f"{tmp_path}/videos/{name},quarantined,2" for name in sorted(poisoned)]
+    assert len(contents_of(job.cache).clip_ids) == 5 * (num_videos - num_poison)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(place)], check=False).returncode:
+        pytest.skip("mounting a file system takes root")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_disk_that_fills_up_loses_nothing(make_job: MakeJob, whole: Contents, disk: Path) -> None:
+    job = make_job(cache=str(disk / "cache"))
+    ballast = disk / "ballast"
+    ballast.write_bytes(b"\1" * (shutil.disk_usage(disk).free - (200 << 10)))
+    assert job.begin().wait(600) == 1
+    assert "the disk is full: free some space and run again, what was committed is kept" in job.said()
+    ballast.unlink()
+    assert job.finish() == 0
+    assert_same(job, whole)
