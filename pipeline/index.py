@@ -155,7 +155,8 @@ def _add_plans(connection: duckdb.DuckDBPyConnection, folder: Folder, plans: Seq
         select f.clip_id, p.video_id, p.uri, f.shard_id, f.product, f.status, f.step, f.reason, f.attempts, f.log_tail
         from failed_clips f left join planned_clips p using (clip_id)
         union all by name
-        select video_id, uri, status, 'probe' as step, reason from videos where status in ('failed', 'quarantined');
+        select video_id, uri, status, 'probe' as step, reason, attempts, log_tail from videos
+        where status in ('failed', 'quarantined');
         drop table all_videos;
         drop table plan_files;
         drop table failed_clips;

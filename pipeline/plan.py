@@ -109,6 +109,8 @@ class _Builder:
                 "num_dropped_frames": cut.num_dropped if cut else 0,
                 "status": status,
                 "reason": reason,
+                "attempts": video.attempts if status == video.status else None,
+                "log_tail": video.log_tail or None,
             }
         )
         _flush(self._videos, self._video_batches, VIDEO_SCHEMA, CHUNK_CLIPS)

@@ -27,7 +27,7 @@ class VideoFacts:
     """One listed video: its identity, and the times of its frames or the reason why there are none.
 
     `is_regular` says that the times are not known but follow from the frame rate that the source declares;
-    `status` what kind of failure it is where there are no times.
+    `status`, `attempts` and `log_tail` are as in ClipFailure where there are no times.
     """
 
     uri: str
@@ -45,6 +45,8 @@ class VideoFacts:
     codec: str | None
     reason: str | None
     status: FailureStatus = "failed"
+    attempts: int = 1
+    log_tail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +70,20 @@ class Prober:
             *_, facts = probe_row(row)
             assert isinstance(facts, VideoFacts)
             return facts
-        identity = None
+        identity = facts = None
         try:
             for value in stream_with_strikes(self._child, row["uri"], lambda: row):
                 if isinstance(value, VideoFacts):
-                    return value
-                identity = value
-                self._child.allow_s(self._timeout_s)
-            raise Poison("garbage: the probe gave nothing", 1, "")
+                    facts = value
+                else:
+                    identity = value
+                    self._child.allow_s(self._timeout_s)
+            assert facts is not None
+            return facts
         except Poison as poison:
             known = asdict(identity) if identity else {"video_id": row["digest"] or f"uri:{digest_of(row['uri'])}"}
-            reason = f"{poison.reason}; {poison.attempts} attempts"
-            return _facts(row, **known, reason=reason, status="quarantined")
+            known |= {"reason": poison.reason, "attempts": poison.attempts, "log_tail": poison.log_tail}
+            return _facts(row, **known, status="quarantined")
 
     def close(self) -> None:
         """End the child."""

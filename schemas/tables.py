@@ -45,6 +45,8 @@ VIDEO_SCHEMA = pa.schema(
         pa.field("num_dropped_frames", pa.int64(), nullable=False),
         pa.field("status", pa.string(), nullable=False),
         pa.field("reason", pa.string()),
+        pa.field("attempts", pa.int32()),
+        pa.field("log_tail", pa.string()),
     ]
 )
 

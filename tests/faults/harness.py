@@ -17,6 +17,9 @@ import pyarrow.parquet as pq
 import yaml
 from processes import of_kind
 
+from tokenmill.jobs.collect import collect_garbage
+from tokenmill.jobs.verify import verify_cache
+
 POISON = str(Path(__file__).parent / "poison")
 COMPLETE = (0, 3)
 COMMAND = "from tokenmill.jobs.main import main; main()"
@@ -37,11 +40,15 @@ class Job:
         """The job, in a process of its own; what it says is added to log.txt."""
         path = self.folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(self.recipe | {"cache": self.cache}))
-        return self._command("run", str(path))
-
-    def command(self, *arguments: str) -> int:
-        """The exit code of another command."""
-        return self._command(*arguments).wait(PATIENCE_S)
+        with open(self.folder / "log.txt", "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", COMMAND, "run", str(path)],
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                env=os.environ | self.environment,
+                start_new_session=True,
+            )
 
     def finish(self, most_runs: int = 5) -> int:
         """Run until it is complete; returns the exit code. AssertionError after `most_runs`."""
@@ -79,17 +86,6 @@ class Job:
     def said(self) -> str:
         """All that its runs have said."""
         return (self.folder / "log.txt").read_text()
-
-    def _command(self, *arguments: str) -> "subprocess.Popen[bytes]":
-        with open(self.folder / "log.txt", "ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-c", COMMAND, *arguments],
-                cwd=self.folder,
-                stdout=log,
-                stderr=log,
-                env=os.environ | self.environment,
-                start_new_session=True,
-            )
 
     def _count(self, what: str) -> None:
         self.counts[what] = self.counts.get(what, 0) + 1
@@ -139,13 +135,13 @@ def contents_of(cache: str) -> Contents:
 
 def assert_same(hurt: Job, whole: Contents) -> None:
     """The hurt job's cache holds what an undisturbed one does: nothing lost, twice, torn or left over."""
-    assert hurt.command("gc", hurt.cache, "--delete", "--older-than", "0s") == 0, hurt.said()[-2000:]
+    collect_garbage(hurt.cache, "0s", delete=True, old_versions=False)
     found = contents_of(hurt.cache)
     assert len(set(found.clip_ids)) == len(found.clip_ids), "a clip was committed twice"
     assert found.clip_ids == whole.clip_ids
     assert found.failures == whole.failures
     assert found.data_files == whole.data_files
-    assert hurt.command("verify", hurt.cache, "--deep") == 0, hurt.said()[-2000:]
+    assert verify_cache(hurt.cache, deep=True, retokenize=None) == []
     if "://" not in hurt.cache:
         left = [path for path in Path(hurt.cache).rglob("*") if path.name.startswith(".")]
         assert not left, left

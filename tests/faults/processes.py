@@ -25,7 +25,10 @@ def descendants(pid: int | None = None) -> list[Process]:
 
 
 def of_kind(kind: str, pid: int | None = None) -> list[Process]:
-    """Those of a job's processes that are a ``decoder`` (or what they are forked from), ``token worker``, ``decode actor`` or ``raylet``."""
+    """Those of a job's processes that are a ``token worker``, ``decode actor``, ``raylet``, or ``decoder``.
+
+    What decoders are forked from counts as one.
+    """
     marks = {
         "decoder": "from tokenmill.pipeline.zygote import main",
         "token worker": "ray::TokenWorker",

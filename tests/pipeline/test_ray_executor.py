@@ -94,7 +94,14 @@ def of_kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]
     del sys.modules["processes"]
 
 
-@pytest.mark.parametrize("kind", ["token worker", "decode actor", "decoder"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "token worker",
+        pytest.param("decode actor", marks=pytest.mark.slow),
+        pytest.param("decoder", marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_is_killed_costs_no_clip(
     recipe: Callable[..., Recipe], of_kind: Callable[..., list[Any]], kind: str
 ) -> None:
@@ -130,6 +137,7 @@ def test_a_worker_that_is_asked_to_leave_finishes_its_shard(
     assert not [report for report in reports if isinstance(report, WorkerLost)]
 
 
+@pytest.mark.slow
 def test_a_worker_that_grows_is_replaced_after_its_shard(
     recipe: Callable[..., Recipe], of_kind: Callable[..., list[Any]]
 ) -> None:
@@ -164,6 +172,7 @@ def test_nodes_join_and_leave_while_the_job_runs(recipe: Callable[..., Recipe]) 
     assert not any(report.is_given_up for report in reports if isinstance(report, WorkerLost))
 
 
+@pytest.mark.slow
 def test_a_last_shard_that_hangs_is_made_by_a_twin(
     recipe: Callable[..., Recipe], of_kind: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
