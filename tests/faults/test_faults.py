@@ -7,50 +7,12 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from harness import POISON, Contents, Job, MakeJob, assert_same, contents_of, make_videos
+from harness import POISON, Contents, MakeJob, assert_same, contents_of, make_videos
 from poison import append
 
 from tokenmill.pipeline.cache import open_cache
-
-
-@pytest.fixture(scope="session")
-def videos(make_video: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty videos of 75 frames."""
-    folder = tmp_path_factory.mktemp("faults") / "videos"
-    make_videos(folder, make_video(num_frames=75, width=128, height=128), 40)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def make_job(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeJob:
-    """make_job(cache=None, kind="local", ...): a job over those videos, in a folder of its own."""
-    numbers = itertools.count()
-
-    def make(cache: str | None = None, sources: Path = videos, **sections: Any) -> Job:
-        folder = tmp_path_factory.mktemp(f"job{next(numbers)}")
-        recipe = {
-            "sources": [str(sources)],
-            "clips": {"num_frames": 8, "height": 96, "width": 96},
-            "tokens": {"dct": {"tokenizer": "dct_fsq/488_262144", "batch_size": 4}},
-            "shards": {"frames": 150},
-        }
-        return Job(folder=folder, cache=cache or f"{folder}/cache", recipe=recipe | sections)
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def whole(make_job: MakeJob) -> Contents:
-    """What the job makes when it is left alone."""
-    job = make_job()
-    assert job.finish(most_runs=1) == 0
-    found = contents_of(job.cache)
-    assert len(found.clip_ids) == 40 * 10
-    return found
-
 
 RAY = {"kind": "ray", "workers": 2}
 NUM_KILLS = [2, pytest.param(50, marks=pytest.mark.slow)]
