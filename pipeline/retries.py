@@ -158,7 +158,11 @@ def apply_storage_options(options: Mapping[str, Mapping[str, Any]]) -> None:
                     f"storage.{protocol}.{option}: unknown option{did_you_mean(option, accepted)};"
                     f" accepted are {', '.join(accepted)}"
                 )
-    conf.update(_replaced)
+    for protocol, before in _replaced.items():
+        if before:
+            conf[protocol] = before
+        else:
+            conf.pop(protocol, None)
     _replaced.clear()
     for protocol, wanted in options.items():
         _replaced[protocol] = conf.get(protocol, {})

@@ -34,10 +34,9 @@ class Forked:
         self._status = status
         self._lock = threading.Lock()
         # The zygote reaps its children: a file descriptor, unlike a number, never means another process.
-        try:
+        self._pidfd = -1
+        with contextlib.suppress(ProcessLookupError, AttributeError):  # gone already, or a system without them
             self._pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:  # gone already
-            self._pidfd = -1
 
     def poll(self) -> int | None:
         """The return code, None while it lives."""
@@ -46,7 +45,7 @@ class Forked:
     def wait(self, timeout_s: float) -> int | None:
         """The return code, None where it still lives after the time; a child whose zygote died was killed."""
         with self._lock:
-            if self.returncode is None and select.select([self._status], [], [], timeout_s)[0]:
+            if self.returncode is None and self._has_news(timeout_s):
                 data = self._status.recv(NUMBER.size)
                 if not data:
                     self._signal_kill()
@@ -62,10 +61,17 @@ class Forked:
         with self._lock:
             self._signal_kill()
 
+    def _has_news(self, timeout_s: float) -> bool:
+        news = select.poll()  # select refuses the high numbers that files have in a process with many
+        news.register(self._status, select.POLLIN)
+        return bool(news.poll(timeout_s * 1000))
+
     def _signal_kill(self) -> None:
-        if self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
+            if self._pidfd >= 0:
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            elif not hasattr(os, "pidfd_open") and self.returncode is None:
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class Zygote:

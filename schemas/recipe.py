@@ -126,7 +126,7 @@ class DecodeSection(Section):
     timeout_s: float = Field(
         default=300, gt=0, description="a decoder that works longer on one video is killed; long videos get more"
     )
-    memory_mb: int = Field(default=4096, ge=256, description="a decoder that grows larger is killed")
+    memory_mb: int = Field(default=4096, ge=512, description="a decoder that grows larger is killed")
 
 
 class ShardsSection(Section):

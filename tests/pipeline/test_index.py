@@ -34,8 +34,8 @@ def test_what_a_later_plan_says_of_a_video_counts(tmp_path: Path) -> None:
     ]
     failures = cache.sql("select uri, status, step, attempts from failures order by uri").to_pylist()
     assert failures == [
-        {"uri": "/b.mp4", "status": "quarantined", "step": "probe", "attempts": None},
-        {"uri": "/c.mp4", "status": "failed", "step": "probe", "attempts": None},
+        {"uri": "/b.mp4", "status": "quarantined", "step": "probe", "attempts": 1},
+        {"uri": "/c.mp4", "status": "failed", "step": "probe", "attempts": 1},
     ]
 
 

@@ -43,7 +43,7 @@ def make(prefix):
         elif what == "hang":
             ctypes.PyDLL(None).sleep(3600)
         elif what == "eat":
-            held = bytearray(os.urandom(1 << 20)) * 400
+            held = bytearray(os.urandom(1 << 20)) * 1200
             time.sleep(3600)
         elif what == "leak":
             globals().setdefault("leaked", []).append(bytearray(os.urandom(1 << 20)) * value)
@@ -64,7 +64,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Child]:
     monkeypatch.syspath_prepend(str(tmp_path))
     import isolated_jobs  # pyright: ignore[reportMissingImports]
 
-    made = Child(partial(isolated_jobs.make, "served"), memory_mb=300)
+    made = Child(partial(isolated_jobs.make, "served"), memory_mb=1000)
     yield made
     made.close()
     del sys.modules["isolated_jobs"]
@@ -117,7 +117,7 @@ def test_a_child_that_hangs_is_killed_after_its_time(child: Child) -> None:
 
 
 def test_a_child_that_eats_memory_is_killed(child: Child) -> None:
-    with pytest.raises(ChildDied, match="memory: killed with more than 300 MB"):
+    with pytest.raises(ChildDied, match="memory: killed with more than 1000 MB"):
         values_of(child, "eat")
 
 
@@ -125,7 +125,7 @@ def test_a_child_that_leaks_is_replaced_between_two_jobs(child: Child) -> None:
     first = pid_of(child)
     values_of(child, "leak", 10)
     assert pid_of(child) == first
-    values_of(child, "leak", 160)
+    values_of(child, "leak", 600)
     assert pid_of(child) != first
 
 
@@ -140,7 +140,7 @@ def test_errors_of_a_user_are_raised_here_and_bugs_are_deaths(child: Child) -> N
 def test_a_child_that_cannot_begin_is_no_poison(child: Child) -> None:
     import isolated_jobs  # pyright: ignore[reportMissingImports]
 
-    other = Child(partial(isolated_jobs.make, "cannot"), memory_mb=300)
+    other = Child(partial(isolated_jobs.make, "cannot"), memory_mb=1000)
     with pytest.raises(TokenmillError, match=r"a decoder process could not start .*no such library"):
         list(stream_with_strikes(other, "a", lambda: ("count", 1)))
 
