@@ -68,11 +68,13 @@ class Child:
         self._left_s: float | None = None  # how long the parent may still wait
         self._is_awaited = False
         self._is_closed = False
+        self._starting = threading.Lock()
 
     def stream(self, job: Any) -> Generator[Any, None, None]:
         """The values of `job` as they come; errors raised by the job are raised here, ChildDied where it died."""
         self._left_s = None
-        is_new = self._start()
+        with self._starting:
+            is_new = self._start()
         try:
             if is_new:
                 self._hand_over()
@@ -102,7 +104,8 @@ class Child:
     def close(self) -> None:
         """End the child, also from another thread that is waiting for it; it will not start again."""
         self._is_closed = True
-        self._kill()
+        with self._starting:
+            self._kill()
 
     @property
     def is_closed(self) -> bool:
@@ -161,14 +164,17 @@ class Child:
                 process.kill()
 
     def _send(self, value: Any) -> None:
-        assert self._socket is not None
-        send(self._socket, value)
+        send(self._open_socket(), value)
+
+    def _open_socket(self) -> socket.socket:
+        if self._socket is None:  # closed by another thread
+            raise EOFError
+        return self._socket
 
     def _receive(self) -> tuple[str, Any]:
-        assert self._socket is not None
         self._is_awaited = True
         try:
-            return receive(self._socket)
+            return receive(self._open_socket())
         finally:
             self._is_awaited = False
 
