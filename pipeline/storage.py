@@ -187,7 +187,11 @@ class Folder:
             return
         with storage_errors(self.url):
             place = self.path(f"{STAGING}/{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}")
-            os.makedirs(place)
+            while True:
+                with contextlib.suppress(FileNotFoundError):  # another writer has just removed the empty parent
+                    os.makedirs(place)
+                    break
+                os.makedirs(self.root, exist_ok=True)
         try:
             yield place
         finally:

@@ -226,3 +226,17 @@ def test_a_part_that_cannot_be_listed_is_an_error_not_an_empty_folder(tmp_path: 
 def test_a_bucket_that_does_not_exist_is_said(s3_server: str) -> None:
     with pytest.raises(StorageError, match=r"^s3://no-such-bucket/x/a\.json: The specified bucket does not exist"):
         Folder("s3://no-such-bucket/x").replace("a.json", b"1")
+
+
+def test_staging_folders_come_and_go_side_by_side(tmp_path: Path) -> None:
+    folder = Folder(str(tmp_path / "cache"))
+
+    def stage() -> bool:
+        for _ in range(100):
+            with folder.staging() as place:
+                (Path(place) / "file").write_bytes(b"x")
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(lambda _: stage(), range(8)))
+    assert not (tmp_path / "cache" / ".staging").exists()
