@@ -33,11 +33,16 @@ def copy_videos(videos: list[Path], folder: Path, copies: int) -> None:
 
 def measure(mode: str, folder: str, decoder: str) -> dict[str, float]:
     """Frames, seconds from the first to the last batch, and peak memory of one way, in this process."""
-    from tokenmill.jobs.build import build_executor, build_worker, cache_info
+    import itertools
+    import threading
+
+    from tokenmill.jobs.build import build_executor, build_frame_decoder, build_worker
     from tokenmill.jobs.display import LineDisplay
-    from tokenmill.jobs.plan import claim_cache, update_plans
-    from tokenmill.jobs.run import missing_work, tasks_of
-    from tokenmill.pipeline.shard import batches, decode_clips
+    from tokenmill.jobs.plan import plan_cache
+    from tokenmill.jobs.run import tasks_of
+    from tokenmill.pipeline.decoders import DirectDecoder
+    from tokenmill.pipeline.shard import batches
+    from tokenmill.pipeline.work import missing_work
     from tokenmill.schemas.clip import FrameBatch
     from tokenmill.schemas.recipe import parse_recipe
     from tokenmill.schemas.shard import ShardProgress
@@ -54,15 +59,17 @@ def measure(mode: str, folder: str, decoder: str) -> dict[str, float]:
         }
     )
     worker = build_worker(recipe)
-    claim_cache(worker.folder, cache_info(recipe, worker))
-    plans = update_plans(recipe, worker.folder, LineDisplay())
-    tasks = tasks_of(missing_work(worker.folder, plans, worker.fingerprints))
+    plans = plan_cache(recipe, worker, LineDisplay())
+    tasks = tasks_of(worker.folder, missing_work(worker.folder, plans, worker.fingerprints))
     num_frames, first_s, before_first = 0, 0.0, 0
     if mode == "bare":
         clips = [clip for task in tasks for clip in task.plan.clips]
         encoder = worker.encoders["tokens/dct"]
         start_s = time.perf_counter()
-        for decoded, _ in batches(decode_clips(clips, worker.decoder), worker.batch_size):
+        decoder = DirectDecoder(build_frame_decoder(recipe))
+        videos = [list(group) for _, group in itertools.groupby(clips, key=lambda clip: clip.video)]
+        results = itertools.chain.from_iterable(decoder.decode(video) for video in videos)
+        for decoded, _ in batches(results, worker.batch_size):
             batch = FrameBatch.stack(decoded)
             encoder.encode(batch)
             num_frames += sum(batch.num_valid_B)
@@ -71,7 +78,7 @@ def measure(mode: str, folder: str, decoder: str) -> dict[str, float]:
         from functools import partial
 
         start_s = time.perf_counter()
-        for event in build_executor(recipe, worker).run(tasks, partial(build_worker, recipe)):
+        for event in build_executor(recipe, worker).run(tasks, partial(build_worker, recipe), threading.Event()):
             if isinstance(event, ShardProgress):
                 num_frames += event.num_frames
                 if not first_s:
