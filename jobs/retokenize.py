@@ -9,9 +9,10 @@ import torch
 
 from ..pipeline.cache import TokenCache
 from ..pipeline.decoders import decode_ahead
+from ..pipeline.plan_file import clips_of
 from ..pipeline.shard import batches, tokenize
 from ..pipeline.worker import Worker
-from ..schemas.clip import Clip, FrameBatch, Video
+from ..schemas.clip import Clip, FrameBatch
 from .build import build_worker, recipe_of
 
 # Of the largest stored value. The machine that made them makes the same bits again; others sum in another order, about
@@ -108,25 +109,14 @@ def sample_clips(cache: TokenCache, products: Sequence[str], fraction: float) ->
     The order of clip ids is the order of digests, so the first ones are a fair sample.
     """
     rows = cache.sql(
-        """select c.clip_id, c.video_id, v.uri, c.start_s, c.end_s, c.frame_pts_s
+        """select c.clip_id, c.video_id, v.uri, -1 as size_bytes, c.start_s, c.end_s, c.frame_pts_s
            from clips c join videos v using (video_id)
            where c.clip_id::uuid in (select clip_id from locations group by 1 having count(distinct product) = ?)
            order by c.clip_id""",
         [len(products)],
     )
     rows = rows.slice(0, max(1, math.ceil(fraction * rows.num_rows)))
-    chosen = rows.sort_by([("video_id", "ascending"), ("start_s", "ascending")]).to_pylist()
-    videos = {row["video_id"]: Video(uri=row["uri"], size_bytes=-1, digest=row["video_id"]) for row in chosen}
-    return [
-        Clip(
-            clip_id=row["clip_id"],
-            video=videos[row["video_id"]],
-            start_s=row["start_s"],
-            end_s=row["end_s"],
-            frame_pts_s=tuple(row["frame_pts_s"]),
-        )
-        for row in chosen
-    ]
+    return list(clips_of(rows.sort_by([("video_id", "ascending"), ("start_s", "ascending")])))
 
 
 def _comparison(worker: Worker, product: str) -> Comparison:
