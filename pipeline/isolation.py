@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import IO, Any, Literal
 
 from ..schemas.errors import TokenmillError
-from .zygote import Forked, zygote
+from .zygote import Forked, fork
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +126,10 @@ class Child:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
         self._log, self._verdict, self._socket = tempfile.TemporaryFile("ab+"), "", ours
         with theirs:
+            function = pickle.dumps(self._make_serve)
             try:
-                self._process = zygote().fork(pickle.dumps(self._make_serve), theirs, self._log.fileno())
-            except ConnectionError as error:  # killed by somebody else; the next attempt finds a new one
+                self._process = fork(function, theirs, self._log.fileno())
+            except ConnectionError as error:  # killed by somebody else
                 raise ChildDied(str(error), "", outside=True) from None
         threading.Thread(target=self._watch, args=(self._process,), name="watch-child", daemon=True).start()
         return True

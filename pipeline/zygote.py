@@ -97,18 +97,21 @@ class Zygote:
         return self._process.poll() is None
 
     def fork(self, function: bytes, stream: socket.socket, log: int) -> Forked:
-        """A process that serves at `stream` and writes to the file `log`; OSError where the zygote has died.
+        """A process that serves at `stream` and writes to the file `log`; ConnectionError where the zygote has died.
 
         `function` is pickled: the zygote imports what it names before it forks.
         """
         status, theirs = socket.socketpair()
         request = pickle.dumps((function, dict(os.environ), os.getcwd(), list(sys.path)))
-        with self._lock, theirs:
+        data = b""
+        with self._lock, theirs, contextlib.suppress(OSError):
             socket.send_fds(self._control, [LENGTH.pack(len(request))], [stream.fileno(), log, theirs.fileno()])
             self._control.sendall(request)
-        data = status.recv(NUMBER.size)
+        with contextlib.suppress(OSError):
+            data = status.recv(NUMBER.size)
         if not data:
             status.close()
+            self.close()  # so that nobody asks it again
             raise ConnectionError("the process that decoders are forked from has ended")
         return Forked(NUMBER.unpack(data)[0], status)
 
@@ -139,6 +142,14 @@ def zygote() -> Zygote:
                 atexit.register(_close_all)
             found = _zygotes[key] = Zygote()
         return found
+
+
+def fork(function: bytes, stream: socket.socket, log: int) -> Forked:
+    """As `Zygote.fork`, by another zygote where the first was killed, which shows only when it is asked."""
+    try:
+        return zygote().fork(function, stream, log)
+    except ConnectionError:
+        return zygote().fork(function, stream, log)
 
 
 def _close_all() -> None:
