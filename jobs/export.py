@@ -129,11 +129,7 @@ def _put(folder: Folder, path: str) -> dict[str, Any]:
     name = os.path.basename(path)
     with open(path, "rb") as stream:
         sha256, size_bytes = digest_of_stream(stream)
-    with storage_errors(folder.uri(name)):
-        if folder.is_local:
-            os.replace(path, folder.path(name))
-        else:
-            folder.fs.put_file(path, folder.path(name))
+    folder.put(path, name)
     return {"name": name, "size_bytes": size_bytes, "sha256": sha256}
 
 

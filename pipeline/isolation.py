@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import IO, Any, Literal
 
 from ..schemas.errors import TokenmillError
+from .retries import add_retries, retry_counts
 from .zygote import Forked, fork
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,9 @@ class Child:
                 kind, value = self._receive()
                 if kind == "end":
                     break
+                if kind == "retries":
+                    add_retries(value)
+                    continue
                 if kind == "error":
                     raise value
                 if kind == "bug":
@@ -295,16 +299,18 @@ def serve(stream: socket.socket) -> None:
 
 
 def _answer(stream: socket.socket, run_job: Serve, job: Any) -> None:
-    """Send the values of one job, and how it ended."""
+    """Send the values of one job, what it took more than one request for, and how it ended."""
+    retries, end = retry_counts(), ("end", None)
     try:
         for value in run_job(job):
             send(stream, ("value", value))
-        send(stream, ("end", None))
     except ConnectionError:
         raise
     except TokenmillError as error:
-        send(stream, ("error", error))
+        end = "error", error
     except MemoryError:
-        send(stream, ("bug", "MemoryError"))
+        end = "bug", "MemoryError"
     except Exception:
-        send(stream, ("bug", traceback.format_exc().rstrip()))
+        end = "bug", traceback.format_exc().rstrip()
+    send(stream, ("retries", retry_counts() - retries))
+    send(stream, end)

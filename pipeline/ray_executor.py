@@ -28,6 +28,7 @@ from ..schemas.shard import ShardProgress, ShardReceipt, ShardTask, WorkerLost
 from .decoders import ClipDecoder
 from .executors import MakeWorker, Report
 from .isolation import resident_bytes
+from .retries import add_retries, retry_counts
 from .shard import process_shard
 
 log = logging.getLogger(__name__)
@@ -51,10 +52,15 @@ class DecodeActor:
 
     @ray.method(num_returns="streaming")
     def decode(self, clips: Sequence[Clip]) -> Any:
-        """Lists of frames or failures: objects of several clips, which wait here until they are taken."""
+        """Frames or failures of several clips at a time, with the requests to stores that were made again for them.
+
+        They wait here until they are taken.
+        """
+        retries = retry_counts()
         with contextlib.closing(self._decoder.decode(clips)) as results:  # pyright: ignore[reportArgumentType]
             while chunk := list(itertools.islice(results, CLIPS_PER_OBJECT)):
-                yield chunk
+                before, retries = retries, retry_counts()
+                yield chunk, retries - before
 
 
 class ActorDecoder:
@@ -70,8 +76,10 @@ class ActorDecoder:
         for attempt in range(ATTEMPTS):
             try:
                 stream = self._started().decode.options(_generator_backpressure_num_objects=OBJECTS_AHEAD)
-                for chunk in stream.remote(tuple(waiting.values())):
-                    for result in ray.get(chunk):
+                for message in stream.remote(tuple(waiting.values())):
+                    chunk, retries = ray.get(message)
+                    add_retries(retries)
+                    for result in chunk:
                         del waiting[result.clip_id if isinstance(result, ClipFailure) else result.clip.clip_id]
                         yield result
                 return

@@ -120,6 +120,12 @@ def retry_counts() -> Counter[str]:
         return _counts.copy()
 
 
+def add_retries(counts: Mapping[str, int]) -> None:
+    """Count here what another process has asked for again on behalf of this one."""
+    with _counts_lock:
+        _counts.update(counts)
+
+
 def transient_kind(error: BaseException) -> str | None:
     """The kind of fault that `error` is where asking again may help, else None."""
     status, code = answer_of(error)

@@ -168,6 +168,11 @@ class Folder:
             sha256, size_bytes = digest_of_stream(stream)
         name = f"{prefix}-{sha256[:SHORT_DIGEST]}{os.path.splitext(local_path)[1]}"
         entry = FileEntry(name=name, size_bytes=size_bytes, sha256=sha256, num_rows=num_rows)
+        self.put(local_path, name)
+        return entry
+
+    def put(self, local_path: str, name: str) -> None:
+        """Move a finished local file to `name`, in place of what was there; it appears whole."""
         with storage_errors(self.uri(name)):
             if self.is_local:
                 _sync_file(local_path)
@@ -175,8 +180,8 @@ class Folder:
                 os.replace(local_path, self.path(name))
                 _sync_folder(self.path(name))
             else:
+                size_bytes = os.path.getsize(local_path)
                 self._upload(name, size_bytes, lambda: self._put_file(local_path, name, size_bytes))
-        return entry
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[str]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..schemas.errors import CacheError
-from ..schemas.tables import FORMAT_VERSION, with_format
+from ..schemas.tables import check_format, with_format
 
 ROW_GROUP_BYTES = 4 << 20
 PROFILE = b"tokenmill.profile"
@@ -191,8 +191,7 @@ class TokenFile:
         if LAYOUT not in file_metadata:
             raise CacheError(f"{name}: no token layout in its footer, so it is not a token file")
         version = int(metadata.get(b"tokenmill.format", file_metadata.get(b"tokenmill.format", b"0")))
-        if version != FORMAT_VERSION:
-            raise CacheError(f"{name}: format version {version}, this tokenmill reads {FORMAT_VERSION}")
+        check_format(version, name)
         self.layout = TokenLayout.from_json(file_metadata[LAYOUT])
         self.fingerprint = file_metadata.get(FINGERPRINT, metadata.get(FINGERPRINT, b"")).decode()
         self._checksums: dict[str, list[int]] = json.loads(file_metadata.get(CHECKSUMS, b"{}"))

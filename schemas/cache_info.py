@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import CacheError
-from .tables import FORMAT_VERSION
+from .tables import FORMAT_VERSION, check_format
 
 CACHE_INFO = "cache.json"
 PRODUCTS = "products"
@@ -102,6 +102,5 @@ def _loaded(data: bytes, name: str) -> dict[str, Any]:
         found = values.pop("format_version")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{name}: damaged ({error}): {HEAD_REMEDY}") from error
-    if found != FORMAT_VERSION:
-        raise CacheError(f"{name}: format version {found}, this tokenmill reads {FORMAT_VERSION}")
+    check_format(found, name)
     return values

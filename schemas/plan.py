@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from .errors import CacheError
 from .shard import FileEntry
-from .tables import FORMAT_VERSION
+from .tables import FORMAT_VERSION, check_format
 
 PLAN_FOLDER = "plan"
 _RECORD = re.compile(rf"{PLAN_FOLDER}/plan-(\d{{6,}})\.json")
@@ -52,9 +52,7 @@ class PlanRecord:
         """The record stored in `data`; CacheError names the file where it is damaged or of another format."""
         try:
             values = json.loads(data)
-            found = values["format_version"]
-            if found != FORMAT_VERSION:
-                raise CacheError(f"{name}: format version {found}, this tokenmill reads {FORMAT_VERSION}")
+            check_format(values["format_version"], name)
             values |= {"clips": FileEntry(**values["clips"]), "videos": FileEntry(**values["videos"])}
             return cls(**values)
         except (ValueError, KeyError, TypeError) as error:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from .clip import Clip, ClipFailure
 from .errors import CacheError
-from .tables import FORMAT_VERSION
+from .tables import FORMAT_VERSION, check_format
 
 CLIPS = "clips"
 WEBDATASET = "webdataset"
@@ -77,9 +77,7 @@ class ShardManifest:
         """The manifest stored in `data`; CacheError names the file where it is damaged or of another format."""
         try:
             values = json.loads(data)
-            found = values["format_version"]
-            if found != FORMAT_VERSION:
-                raise CacheError(f"{name}: format version {found}, this tokenmill reads {FORMAT_VERSION}")
+            check_format(values["format_version"], name)
             values["files"] = tuple(FileEntry(**entry) for entry in values["files"])
             values["failures"] = tuple(ClipFailure(**entry) for entry in values["failures"])
             return cls(**values)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .cache_info import CacheInfo
 from .errors import CacheError
-from .tables import FORMAT_VERSION
+from .tables import FORMAT_VERSION, check_format
 
 SNAPSHOTS = "snapshots"
 _NAME = re.compile(rf"{SNAPSHOTS}/(\d+)\.json")
@@ -56,9 +56,7 @@ class Snapshot:
         """The snapshot stored in `data`; CacheError names the file where it is damaged or of another format."""
         try:
             values = json.loads(data)
-            found = values.pop("format_version")
-            if found != FORMAT_VERSION:
-                raise CacheError(f"{name}: format version {found}, this tokenmill reads {FORMAT_VERSION}")
+            check_format(values.pop("format_version"), name)
             values |= {"info": CacheInfo.from_values(values["info"]), "plans": tuple(values["plans"])}
             return cls(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -2,7 +2,9 @@
 
 import pyarrow as pa
 
-FORMAT_VERSION = 1
+from .errors import CacheError
+
+FORMAT_VERSION = 1  # of every file that a cache is made of
 FORMAT_KEY = b"tokenmill.format"
 
 # What a source lists, one row per video, before anything is opened. `uri` is an absolute path or fsspec URL,
@@ -85,6 +87,12 @@ STAMP_SCHEMA = pa.schema(
         pa.field("video_id", pa.string(), nullable=False),
     ]
 )
+
+
+def check_format(found: object, name: str) -> None:
+    """CacheError where the file `name` is of another format version."""
+    if found != FORMAT_VERSION:
+        raise CacheError(f"{name}: format version {found}, this tokenmill reads {FORMAT_VERSION}")
 
 
 def with_format(schema: pa.Schema, **footer: str) -> pa.Schema:

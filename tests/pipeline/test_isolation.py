@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 
 from tokenmill.pipeline.isolation import OUTSIDE_STRIKES, Child, ChildDied, Poison, stream_with_strikes
+from tokenmill.pipeline.retries import retry_counts
 from tokenmill.pipeline.zygote import zygote
 from tokenmill.schemas.errors import DecodeError, TokenmillError
 
 JOBS = """
 import ctypes, os, signal, sys, time
 import numpy as np
+from tokenmill.pipeline.retries import RetryPolicy, with_retries
 from tokenmill.schemas.errors import DecodeError
 
 def make(prefix):
@@ -51,6 +53,14 @@ def make(prefix):
             raise DecodeError("a known error")
         elif what == "bug":
             raise KeyError("a bug")
+        elif what == "ask":
+            answers = iter([TimeoutError("slow"), TimeoutError("slow"), None])
+            def ask():
+                if error := next(answers):
+                    raise error
+            with_retries(ask, "a store", RetryPolicy(first_wait_s=0))
+            if value == "refused":
+                raise DecodeError("a known error")
         elif what == "large":
             for _ in range(value):
                 yield np.ones(1 << 20, np.uint8)
@@ -211,6 +221,15 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
             return
         time.sleep(0.1)
     pytest.fail("the child outlived its parent")
+
+
+def test_requests_that_the_child_made_again_are_counted_here(child: Child) -> None:
+    before = retry_counts()
+    values_of(child, "ask")
+    assert retry_counts() - before == {"timeout": 2}
+    with pytest.raises(DecodeError):
+        values_of(child, "ask", "refused")
+    assert retry_counts() - before == {"timeout": 4}
 
 
 def test_children_are_forked_again_where_their_zygote_was_killed(child: Child) -> None:
