@@ -59,7 +59,8 @@ def find_garbage(folder: Folder, older_than_s: float, *, old_versions: bool = Fa
 
 
 def remove_garbage(folder: Folder, garbage: Sequence[Garbage], older_than_s: float) -> Iterator[Garbage]:
-    """Remove the files of `find_garbage`, each checked again right before; yields those that were removed.
+    """Remove the files of `find_garbage`, each checked again right before, and empty folders of killed workers;
+    yields the files that were removed.
 
     A job that needs such a file after all publishes it anew, so it is young, and then commits a manifest that names it.
     """
@@ -78,6 +79,7 @@ def remove_garbage(folder: Folder, garbage: Sequence[Garbage], older_than_s: flo
                     with contextlib.suppress(OSError):  # its folder, once that is empty
                         os.removedirs(os.path.dirname(folder.path(name)))
                 yield one
+    folder.remove_empty_staging(older_than_s)
 
 
 def _kind(name: str) -> GarbageKind | None:

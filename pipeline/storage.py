@@ -204,6 +204,17 @@ class Folder:
             with contextlib.suppress(OSError):
                 os.rmdir(self.path(STAGING))
 
+    def remove_empty_staging(self, older_than_s: float) -> None:
+        """Remove the staging folders of processes that were killed before they had written a file there."""
+        if not self.is_local:
+            return
+        with contextlib.suppress(OSError):  # not empty, or removed by another
+            for place in os.scandir(self.path(STAGING)):
+                if place.stat().st_mtime <= time.time() - older_than_s:
+                    with contextlib.suppress(OSError):
+                        os.rmdir(place)
+            os.rmdir(self.path(STAGING))
+
     def _protocols(self) -> set[str]:
         protocol = self.fs.protocol
         return {protocol} if isinstance(protocol, str) else set(protocol)

@@ -143,3 +143,15 @@ def test_all_but_the_newest_packed_file_and_lost_plans_are_garbage(tmp_path: Pat
     found = found_in(find_garbage(folder, 0))
     assert found["packed"] == ["manifests/packed-000000000000.parquet"]
     assert [name.partition("-")[0] for name in found["plan"]] == ["plan/clips", "plan/videos"]
+
+
+def test_empty_folders_of_killed_workers_go_with_the_garbage(tmp_path: Path) -> None:
+    make_cache(str(tmp_path))
+    folder, staging = Folder(str(tmp_path)), tmp_path / ".staging"
+    for name in ("host-17-0a1b2c3d", "host-18-0a1b2c3d"):
+        (staging / name).mkdir(parents=True)
+    os.utime(staging / "host-17-0a1b2c3d", (0, 0))
+    assert list(remove_garbage(folder, [], 3600)) == []
+    assert [place.name for place in staging.iterdir()] == ["host-18-0a1b2c3d"]
+    assert list(remove_garbage(folder, [], 0)) == []
+    assert not staging.exists()
