@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import math
 import os
 import signal
 import statistics
@@ -204,7 +205,7 @@ class RayExecutor:
         section = self._section
         options: dict[str, Any] = {"address": section.address, "log_to_driver": False, "logging_level": logging.ERROR}
         if section.address == "local":
-            num_cpus = max(1, round(section.workers * (section.cpus_per_worker + self._num_decoders)))
+            num_cpus = math.ceil(section.workers * (section.cpus_per_worker + self._num_decoders)) or 1
             options |= {"include_dashboard": False, "num_cpus": num_cpus}
         handler = signal.getsignal(signal.SIGTERM)
         try:
