@@ -24,8 +24,11 @@ class VideoTokenizer(Protocol):
         """uint8 RGB frames to int32 codes (B,t,h,w), or to latents (B,t,h,w,d) of the spec's dtype."""
         ...
 
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens as `encode` gives them to uint8 RGB frames (B,T,H,W,3)."""
+    def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
+        """Tokens as `encode` gives them to uint8 RGB frames (B,T,H,W,3), of clips that had `num_frames`.
+
+        None stands for as many frames as clips with such a grid have at most.
+        """
         ...
 
 
@@ -33,13 +36,43 @@ def grid_of(num_frames: int, height: int, width: int, spec: TokenizerSpec) -> tu
     """The (t,h,w) grid for sizes that `spec.stride_thw` divides; TokenizerError for others."""
     sizes = dict(zip(("num_frames", "height", "width"), (num_frames, height, width), strict=True))
     for (key, size), stride in zip(sizes.items(), spec.stride_thw, strict=True):
-        if size < stride or size % stride:
-            near = max(stride, round(size / stride) * stride)
-            raise TokenizerError(
-                f"{spec.name} takes clips whose {key} is a multiple of {stride}, found {size}: set clips.{key}={near}"
-            )
+        check_multiple(key, size, stride, spec.name)
     t, h, w = (size // stride for size, stride in zip(sizes.values(), spec.stride_thw, strict=True))
     return t, h, w
+
+
+def check_multiple(key: str, size: int, stride: int, name: str) -> None:
+    """TokenizerError unless `stride` divides the `size` of clips."""
+    if size < stride or size % stride:
+        near = max(stride, round(size / stride) * stride)
+        raise TokenizerError(
+            f"{name} takes clips whose {key} is a multiple of {stride}, found {size}: set clips.{key}={near}"
+        )
+
+
+def check_frames(frames_BTHWC: torch.Tensor, name: str) -> None:
+    """TokenizerError unless these are uint8 RGB frames (B,T,H,W,3)."""
+    shape = tuple(frames_BTHWC.shape)
+    if frames_BTHWC.dtype != torch.uint8 or len(shape) != 5 or shape[4] != 3:
+        raise TokenizerError(
+            f"{name} encodes uint8 RGB frames of shape (B,T,H,W,3), found {frames_BTHWC.dtype} of shape {shape}:"
+            f" convert them"
+        )
+
+
+def check_codes(tokens: torch.Tensor, codebook_size: int, name: str) -> None:
+    """TokenizerError unless these are integer codes (B,t,h,w) of a codebook of this size."""
+    integer = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
+    if not integer or tokens.ndim != 4 or 0 in tokens.shape[1:]:
+        raise TokenizerError(
+            f"{name} decodes integer codes of shape (B,t,h,w), found {tokens.dtype} of shape {tuple(tokens.shape)}:"
+            f" pass them as encode returns them"
+        )
+    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < codebook_size:
+        raise TokenizerError(
+            f"{name} decodes codes from 0 to {codebook_size - 1}, found {int(tokens.min())} to {int(tokens.max())}:"
+            f" decode with the tokenizer that made them"
+        )
 
 
 class FakeTokenizer:
@@ -58,7 +91,7 @@ class FakeTokenizer:
         blocks = frames_BTHWC.to(torch.int32).reshape(b, t // 4, 4, h // 8, 8, w // 8, 8, 3)
         return blocks.sum(dim=(2, 4, 6, 7)) // (4 * 8 * 8 * 3)
 
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
         for dim, stride in ((1, 4), (2, 8), (3, 8)):
             tokens = tokens.repeat_interleave(stride, dim=dim)
-        return tokens.to(torch.uint8).unsqueeze(-1).expand(*tokens.shape, 3).contiguous()
+        return tokens.to(torch.uint8).unsqueeze(-1).expand(*tokens.shape, 3)[:, :num_frames].contiguous()

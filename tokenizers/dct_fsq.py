@@ -15,7 +15,7 @@ import torch
 
 from ..schemas.errors import TokenizerError, did_you_mean
 from ..schemas.tokens import TokenizerSpec
-from .base import grid_of
+from .base import check_codes, check_frames, grid_of
 
 # The coefficients kept of a block, highest digit of the code first: the weights of (R,G,B), and the axis (0 time,
 # 1 rows, 2 columns) of the lowest cosine, or None for the mean. Y = R+2G+B, Co = R-B, Cg = -R+2G-B.
@@ -116,41 +116,26 @@ class DctFsq:
 
         TokenizerError for another shape or dtype, and for sizes that the strides do not divide.
         """
-        shape = tuple(frames_BTHWC.shape)
-        if frames_BTHWC.dtype != torch.uint8 or len(shape) != 5 or shape[4] != 3:
-            raise TokenizerError(
-                f"{self.spec.name} encodes uint8 RGB frames of shape (B,T,H,W,3), found {frames_BTHWC.dtype}"
-                f" of shape {shape}: convert them"
-            )
-        grid = self.grid_shape(*shape[1:4])
-        codes_Bthw = torch.empty((shape[0], *grid), dtype=torch.int32, device=self._device)
+        check_frames(frames_BTHWC, self.spec.name)
+        grid = self.grid_shape(*frames_BTHWC.shape[1:4])
+        codes_Bthw = torch.empty((len(frames_BTHWC), *grid), dtype=torch.int32, device=self._device)
         # Clip by clip, because the float32 copy of one clip stays in the processor's cache.
         for codes_thw, frames_THWC in zip(codes_Bthw, frames_BTHWC, strict=True):
             codes_thw.copy_(self._encode_clip(frames_THWC.to(self._device)))
         return codes_Bthw
 
-    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+    def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
         """uint8 RGB frames (B,T,H,W,3) of integer codes (B,t,h,w), on the tokenizer's device.
 
         TokenizerError for another shape or dtype, and for codes outside [0, codebook_size).
         """
-        integer = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
-        if not integer or tokens.ndim != 4 or 0 in tokens.shape[1:]:
-            raise TokenizerError(
-                f"{self.spec.name} decodes integer codes of shape (B,t,h,w), found {tokens.dtype}"
-                f" of shape {tuple(tokens.shape)}: pass them as encode returns them"
-            )
+        check_codes(tokens, self._codebook_size, self.spec.name)
         codes_Bthw = tokens.to(self._device, torch.int64)
-        if codes_Bthw.numel() and not 0 <= codes_Bthw.min() <= codes_Bthw.max() < self._codebook_size:
-            raise TokenizerError(
-                f"{self.spec.name} decodes codes from 0 to {self._codebook_size - 1}, found"
-                f" {int(codes_Bthw.min())} to {int(codes_Bthw.max())}: decode with the tokenizer that made them"
-            )
         sizes = [g * stride for g, stride in zip(codes_Bthw.shape[1:], self.spec.stride_thw, strict=True)]
         frames_BTHWC = torch.empty((len(codes_Bthw), *sizes, 3), dtype=torch.uint8, device=self._device)
         for frames_THWC, codes_thw in zip(frames_BTHWC, codes_Bthw, strict=True):
             frames_THWC.copy_(self._decode_clip(codes_thw))
-        return frames_BTHWC
+        return frames_BTHWC[:, :num_frames]
 
     def _encode_clip(self, frames_THWC: torch.Tensor) -> torch.Tensor:
         f, s, _ = self.spec.stride_thw

@@ -35,6 +35,12 @@ def _load_dct_fsq(variant: str, weights: str | None, device: str, dtype: str) ->
     return DctFsq(variant, device=device)
 
 
+def _load_vidtok(variant: str, weights: str | None, device: str, dtype: str) -> VideoTokenizer:
+    from .vidtok import VidTokTokenizer
+
+    return VidTokTokenizer(variant, weights, device, dtype)
+
+
 def _load_fake(variant: str, weights: str | None, device: str, dtype: str) -> VideoTokenizer:
     _refuse_weights("fake", weights)
     if variant:
@@ -47,6 +53,7 @@ def _load_fake(variant: str, weights: str | None, device: str, dtype: str) -> Vi
 FAMILIES: dict[str, Callable[[str, str | None, str, str], VideoTokenizer]] = {
     "dct_fsq": _load_dct_fsq,
     "fake": _load_fake,
+    "vidtok": _load_vidtok,
 }
 
 

@@ -1,0 +1,197 @@
+"""VidTok (Tang et al. 2024, arXiv:2412.13061): grids of codes or latents, by the official weights."""
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from ..schemas.errors import TokenizerError
+from ..schemas.tokens import TokenizerSpec
+from .base import check_codes, check_frames, check_multiple
+from .vidtok_model import VidTok
+from .vidtok_variants import NAMES, Variant, variant_of
+from .weights import check_tensors, fetch_weights, load_tensors, read_tensors
+
+TRAINING_ALONE = ("loss.", "model_ema.")  # tensors of a checkpoint that its networks do not have
+PART_FRAMES = 16  # of a streamed clip in work at a time
+
+
+def build(variant: str) -> VidTok:
+    """The networks of `variant`, for instance kl_causal_288_8chn_v1_1, with random weights; TokenizerError for
+    another name.
+    """
+    return VidTok(variant_of(variant)).eval()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """How a clip of `num_frames` is cut: `count` windows of `frames`, which are encoded by themselves.
+
+    The last one is filled up by repeating the clip's last frame.
+    """
+
+    num_frames: int
+    count: int
+    frames: int
+
+    @staticmethod
+    def of(num_frames: int, variant: Variant) -> "Windows":
+        """One window where the variant streams, or the clip is no longer than one and gives whole tokens."""
+        stride, longest = variant.stride_thw[0], variant.window_frames
+        fits = num_frames <= longest and (num_frames - variant.is_causal) % stride == 0
+        if variant.streams or fits:
+            return Windows(num_frames=num_frames, count=1, frames=num_frames)
+        return Windows(num_frames=num_frames, count=-(-num_frames // longest), frames=longest)
+
+    @staticmethod
+    def most_of(num_tokens: int, variant: Variant) -> "Windows":
+        """The longest clip whose grid has so many tokens in time."""
+        per_window = -(-variant.window_frames // variant.stride_thw[0])
+        if not variant.streams and num_tokens > per_window:
+            return Windows.of(num_tokens // per_window * variant.window_frames, variant)
+        first = variant.stride_thw[0] - 1 if variant.is_causal and not variant.streams else 0
+        return Windows.of(num_tokens * variant.stride_thw[0] - first, variant)
+
+    def num_tokens(self, stride: int) -> int:
+        """How many tokens the clip has in time."""
+        return self.count * -(-self.frames // stride)
+
+
+class VidTokTokenizer:
+    """A variant with its weights, which are checked here and loaded when they are first used."""
+
+    def __init__(self, name: str, weights: str | None, device: str, dtype: str, *, logvar: bool = False) -> None:
+        variant = self._variant = variant_of(name)
+        if weights is None:
+            raise TokenizerError(
+                f"vidtok/{name} needs its weights: set weights to the path or URL of vidtok_{name}.ckpt, from"
+                f" hf://microsoft/VidTok/checkpoints (docs/tokenizers.md)"
+            )
+        if logvar and variant.regularizer != "kl":
+            raise TokenizerError(f"vidtok/{name} makes codes, which have no variance: remove logvar")
+        _warn_of_another_name(variant, weights)
+        self._device, self._dtype, self._logvar = torch.device(device), getattr(torch, dtype), logvar
+        self._weights = fetch_weights(weights)
+        self._read()
+        size = 8**variant.channels if variant.regularizer == "fsq" else None
+        self.spec = TokenizerSpec(
+            name=f"vidtok/{name}",
+            kind="discrete" if size else "continuous",
+            codebook_size=size,
+            latent_dim=None if size else variant.channels * (1 + logvar),
+            stride_thw=variant.stride_thw,
+            weights_sha256=self._weights.sha256,
+            dtype=dtype,
+        )
+
+    def grid_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The (t,h,w) grid of a clip of this size; TokenizerError unless the stride divides height and width."""
+        f, s, _ = self.spec.stride_thw
+        check_multiple("height", height, s, self.spec.name)
+        check_multiple("width", width, s, self.spec.name)
+        return Windows.of(num_frames, self._variant).num_tokens(f), height // s, width // s
+
+    def encode(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
+        """int32 codes (B,t,h,w), or latents (B,t,h,w,d): means, and after them logvars if these are wanted.
+
+        Frames are uint8 RGB (B,T,H,W,3); TokenizerError for others. Clip by clip on the CPU, together on a GPU.
+        """
+        check_frames(frames_BTHWC, self.spec.name)
+        self.grid_shape(*frames_BTHWC.shape[1:4])
+        at_once = 1 if self._device.type == "cpu" else len(frames_BTHWC)
+        return torch.cat([self._encode(frames) for frames in frames_BTHWC.split(at_once)])
+
+    def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
+        """uint8 RGB frames (B,T,H,W,3) of tokens as `encode` gives them, for clips of `num_frames`.
+
+        None stands for the longest clips with such a grid. TokenizerError for tokens of another kind or length.
+        """
+        variant = self._variant
+        if self.spec.codebook_size:
+            check_codes(tokens, self.spec.codebook_size, self.spec.name)
+        elif tokens.ndim != 5 or tokens.shape[4] != self.spec.latent_dim:
+            raise TokenizerError(
+                f"{self.spec.name} decodes latents of shape (B,t,h,w,{self.spec.latent_dim}), found"
+                f" {tuple(tokens.shape)}: pass them as encode returns them"
+            )
+        longest = Windows.most_of(tokens.shape[1], variant)
+        windows = Windows.of(num_frames or longest.num_frames, variant)
+        if windows.num_tokens(variant.stride_thw[0]) != tokens.shape[1]:
+            raise TokenizerError(
+                f"{self.spec.name}: clips of {num_frames} frames do not have {tokens.shape[1]} tokens in time:"
+                f" {longest.num_frames} frames have"
+            )
+        return torch.cat([self._decode(one, windows) for one in tokens.split(1)])
+
+    def margins(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
+        """FSQ: how far (B,t,h,w) each latent is from another code, in steps between levels (see Fsq.margins)."""
+        model = self._model
+        assert model.fsq is not None
+        return torch.cat([model.fsq.margins(self._latents(one).movedim(1, -1)) for one in frames_BTHWC.split(1)])
+
+    @cached_property
+    def _model(self) -> VidTok:
+        with torch.device("meta"):
+            model = VidTok(self._variant)
+        model = model.to_empty(device="cpu").eval()
+        load_tensors(model, self._read())
+        if self._device.type == "cuda":  # float32 means float32
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        return model.to(self._device, self._dtype)
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        """The tensors of the networks, all of them and no others; they are read when they are used."""
+        tensors = {k: v for k, v in read_tensors(self._weights).items() if not k.startswith(TRAINING_ALONE)}
+        with torch.device("meta"):
+            expected = VidTok(self._variant).state_dict()
+        check_tensors(tensors, expected, self._weights, f"vidtok/{self._variant.name}")
+        return tensors
+
+    def _latents(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
+        """What the encoder makes (B,C,t,h,w) of clips, before it is regularised."""
+        windows = Windows.of(frames_BTHWC.shape[1], self._variant)
+        x_BTHWC = frames_BTHWC.to(self._device)
+        missing = windows.count * windows.frames - windows.num_frames
+        if missing:
+            x_BTHWC = torch.cat((x_BTHWC, x_BTHWC[:, -1:].expand(-1, missing, -1, -1, -1)), dim=1)
+        x_BTHWC = x_BTHWC.float().div_(255).sub_(0.5).div_(0.5).to(self._dtype)
+        parts = x_BTHWC.movedim(-1, 1).split(windows.frames, dim=2)
+        part = PART_FRAMES if self._variant.is_causal else None
+        return torch.cat([self._model.encode_latent(x_BCTHW, part) for x_BCTHW in parts], dim=2)
+
+    def _encode(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
+        h_BCthw = self._latents(frames_BTHWC)
+        if self._model.fsq:
+            return self._model.quantize(h_BCthw)[1]
+        mean, logvar = self._model.posterior(h_BCthw)
+        return (torch.cat((mean, logvar), dim=1) if self._logvar else mean).movedim(1, -1)
+
+    def _decode(self, tokens: torch.Tensor, windows: Windows) -> torch.Tensor:
+        stride = self._variant.stride_thw[0]
+        tokens = tokens.to(self._device)
+        if self._model.fsq:
+            z_BCthw = self._model.indices_to_latent(tokens)
+        else:
+            z_BCthw = tokens[..., : self._variant.channels].movedim(-1, 1)
+        part = PART_FRAMES // stride if self._variant.is_causal else None
+        parts = z_BCthw.to(self._dtype).split(windows.num_tokens(stride) // windows.count, dim=2)
+        x_BCTHW = torch.cat([self._model.decode_latent(z, part)[:, :, -windows.frames :] for z in parts], dim=2)
+        x_BTHWC = x_BCTHW[:, :, : windows.num_frames].movedim(1, -1).float()
+        return x_BTHWC.clamp_(-1, 1).add_(1).mul_(127.5).to(torch.uint8)
+
+
+def _warn_of_another_name(variant: Variant, weights: str) -> None:
+    """Versions cannot be told apart by their tensors: 1.1 loads as 1.0 and gives wrong tokens, and the reverse."""
+    stem = os.path.splitext(os.path.basename(weights))[0]
+    name = stem.removeprefix("vidtok").lstrip("_-")
+    says_later = "v1_1" in name or "v1.1" in name
+    is_official = name.removesuffix("_v1_1") in {known.removesuffix("_v1_1") for known in NAMES}
+    if says_later != variant.streams and (says_later or is_official):
+        found = "1.1" if says_later else "1.0"
+        warnings.warn(
+            f"weights {weights}: by its name the file holds version {found}, and vidtok/{variant.name} is version"
+            f" {variant.version}: they load, and give wrong tokens, if the name is right",
+            stacklevel=4,
+        )

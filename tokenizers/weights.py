@@ -1,0 +1,139 @@
+"""Weights: fetched once to this machine, named by their SHA-256, and loaded only where every tensor fits."""
+
+import itertools
+import os
+import pickle
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from torch import nn
+
+from ..schemas.digest import digest_of, digest_of_stream
+from ..schemas.errors import TokenizerError
+
+SHOWN = 3  # differences of each kind that an error names
+STAMP_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+COMPILED = "_orig_mod."  # what torch.compile puts into the keys of a model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsFile:
+    """A file of weights on this machine: `uri` is where it came from."""
+
+    uri: str
+    path: str
+    sha256: str
+
+
+def fetch_weights(uri: str) -> WeightsFile:
+    """The file at a path or fsspec URL, downloaded unless it was before, and its SHA-256; TokenizerError without it.
+
+    Downloads are kept in $TOKENMILL_HOME/weights, by default ~/.cache/tokenmill/weights; a file that changed at its URL
+    is downloaded again.
+    """
+    try:
+        filesystem, remote = fsspec.core.url_to_fs(os.path.expanduser(uri))
+        local = remote if isinstance(filesystem, LocalFileSystem) else _downloaded(filesystem, remote, uri)
+        with open(local, "rb") as stream:
+            sha256, _ = digest_of_stream(stream)
+    except ImportError as error:
+        need = "pip install huggingface_hub" if uri.startswith("hf://") else "install it"
+        raise TokenizerError(f"weights {uri}: {error}: {need}, or download the file and give its path") from None
+    except Exception as error:  # every store has errors of its own
+        said = "it does not exist" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise TokenizerError(f"weights {uri}: {said or type(error).__name__}: check the path or URL") from error
+    return WeightsFile(uri=uri, path=local, sha256=sha256)
+
+
+def _downloaded(filesystem: Any, remote: str, uri: str) -> str:
+    info = filesystem.info(remote)
+    stamp = [str(info[key]) for key in STAMP_KEYS if info.get(key)]
+    home = os.environ.get("TOKENMILL_HOME") or os.path.expanduser("~/.cache/tokenmill")
+    folder = os.path.join(home, "weights", digest_of([uri, info.get("size"), stamp])[:16])
+    local = os.path.join(folder, os.path.basename(remote))
+    if not os.path.exists(local):
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as aside:  # several workers may download at once: one stays
+            part = os.path.join(aside, "part")
+            filesystem.get_file(remote, part)
+            os.replace(part, local)
+    return local
+
+
+def read_tensors(weights: WeightsFile) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file or of a checkpoint saved by torch, by name, on the CPU and not yet read.
+
+    Checkpoints are read without running code from them. What wraps the tensors (`state_dict`) is taken off, and the
+    names that torch.compile adds. TokenizerError for anything else.
+    """
+    try:
+        if weights.path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            loaded = load_file(weights.path)
+        else:
+            loaded = torch.load(
+                weights.path, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(weights.path)
+            )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        raise _damaged(weights, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise _damaged(weights, error) from error
+    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
+    if not isinstance(tensors, Mapping):
+        raise TokenizerError(
+            f"weights {weights.uri}: it holds {type(tensors or loaded).__name__}, a state dict is wanted"
+        )
+    return {str(name).replace(COMPILED, ""): value for name, value in tensors.items()}
+
+
+def _damaged(weights: WeightsFile, error: Exception) -> TokenizerError:
+    said = " ".join(str(error).split())[:200]
+    return TokenizerError(
+        f"weights {weights.uri}: not a readable checkpoint ({said or type(error).__name__}): accepted are"
+        f" .safetensors files and checkpoints of tensors alone, as torch.save writes them; download it again"
+    )
+
+
+def check_tensors(
+    tensors: Mapping[str, Any], expected: Mapping[str, torch.Tensor], weights: WeightsFile, of: str
+) -> None:
+    """TokenizerError with the first differences unless `tensors` are exactly those that `of` takes."""
+    shapes = {name: tuple(value.shape) if isinstance(value, torch.Tensor) else None for name, value in tensors.items()}
+    wanted = {name: tuple(value.shape) for name, value in expected.items()}
+    others = [
+        f"{name} is {shapes[name] or 'no tensor'}, not {shape}"
+        for name, shape in wanted.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    differences = {
+        "missing": [name for name in wanted if name not in shapes],
+        "not known": [name for name in shapes if name not in wanted],
+        "of another shape": others,
+    }
+    said = [f"{len(names)} {what} ({_first(names)})" for what, names in differences.items() if names]
+    if said:
+        raise TokenizerError(
+            f"weights {weights.uri}: they are not those of {of}: of {len(wanted)} tensors {', '.join(said)}:"
+            f" name the variant that the file holds"
+        )
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Copy checked tensors into the model, whatever number type they are stored in."""
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(tensors[name])
+
+
+def _first(names: Iterable[str]) -> str:
+    shown = list(itertools.islice(names, SHOWN + 1))
+    return ", ".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
