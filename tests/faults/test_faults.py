@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,6 +52,28 @@ def test_ray_drivers_killed_at_random_lose_nothing(make_job: MakeJob, whole: Con
     job = make_job(executor=RAY)
     job.kill_drivers(8, random.Random(8), (signal.SIGKILL, signal.SIGTERM))
     assert job.finish() == 0
+    assert_same(job, whole)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_machines_killed_at_random_lose_nothing(make_job: MakeJob, whole: Contents) -> None:
+    from ray.cluster_utils import Cluster
+
+    chance, kills = random.Random(5), 0
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        job = make_job(executor=RAY | {"address": cluster.address})
+        driver = job.begin()
+        while driver.poll() is None:
+            second = cluster.add_node(num_cpus=2)
+            time.sleep(chance.uniform(4, 10))
+            kills += driver.poll() is None
+            cluster.remove_node(second, allow_graceful=False)  # SIGKILL to its raylet
+        assert job.finish() == 0
+    finally:
+        cluster.shutdown()
+    assert kills > 1
     assert_same(job, whole)
 
 

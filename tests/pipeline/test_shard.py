@@ -16,6 +16,7 @@ from tokenmill.pipeline.decoders import DirectDecoder
 from tokenmill.pipeline.encode import BatchEncoder
 from tokenmill.pipeline.executors import FakeExecutor, LocalExecutor
 from tokenmill.pipeline.manifests import committed_names, missing_products, read_manifests
+from tokenmill.pipeline.retries import RetryPolicy
 from tokenmill.pipeline.shard import process_shard
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.worker import Worker, fingerprints_of
@@ -234,6 +235,7 @@ def test_two_products_share_one_decode(tmp_path: Path) -> None:
 
 
 def test_a_store_out_of_reach_ends_the_job_and_commits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RetryPolicy, "wait_s", lambda policy, attempt: 0.01)
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused.getsockname()[1]}")
