@@ -63,18 +63,18 @@ def test_machines_killed_at_random_lose_nothing(make_job: MakeJob, whole: Conten
     chance, kills = random.Random(5), 0
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
-        job = make_job(executor=RAY | {"address": cluster.address})
-        driver = job.begin()
-        while driver.poll() is None:
-            second = cluster.add_node(num_cpus=2)
-            time.sleep(chance.uniform(4, 10))
-            kills += driver.poll() is None
-            cluster.remove_node(second, allow_graceful=False)  # SIGKILL to its raylet
-        assert job.finish() == 0
+        while kills < 5:
+            job = make_job(executor=RAY | {"address": cluster.address})
+            driver = job.begin()
+            while driver.poll() is None:
+                second = cluster.add_node(num_cpus=2)
+                time.sleep(chance.uniform(2, 5))
+                kills += driver.poll() is None
+                cluster.remove_node(second, allow_graceful=False)  # SIGKILL to its raylet
+            assert job.finish() == 0
+            assert_same(job, whole)
     finally:
         cluster.shutdown()
-    assert kills > 1
-    assert_same(job, whole)
 
 
 @pytest.mark.parametrize(
