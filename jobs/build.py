@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
+from ..pipeline.cache_head import read_info
 from ..pipeline.decode import VideoDecoder
 from ..pipeline.decode_clips import decode_clips
 from ..pipeline.decoders import ClipDecoder, DirectDecoder, IsolatedDecoder
-from ..pipeline.encode import BatchEncoder
+from ..pipeline.encode import BatchEncoder, largest_batch
 from ..pipeline.executors import Executor, LocalExecutor, check_address
 from ..pipeline.isolation import Serve
 from ..pipeline.retries import apply_storage_options
 from ..pipeline.storage import Folder
 from ..pipeline.videos import Prober
 from ..pipeline.worker import Worker, fingerprints_of
-from ..schemas.cache_info import CacheInfo, ProductInfo
+from ..schemas.cache_info import CACHE_INFO, CacheInfo, ProductInfo
 from ..schemas.errors import RecipeError, TokenizerError
 from ..schemas.recipe import Recipe, parse_recipe
 from ..schemas.shard import WEBDATASET, tokens_product
@@ -71,12 +72,42 @@ def build_encoder(recipe: Recipe, name: str) -> BatchEncoder:
     """The tokenizer of `tokens.<name>` with its weights, checked against the size of the clips."""
     section = recipe.tokens[name]
     try:
-        tokenizer = load_tokenizer(section.tokenizer, section.weights, section.device, section.dtype)
-        encoder = BatchEncoder(tokenizer=tokenizer, batch_size=section.batch_size, sampling=recipe.clips.sampling)
+        tokenizer = load_tokenizer(
+            section.tokenizer, section.weights, section.device, section.dtype, logvar=section.logvar
+        )
+        if section.stored_dtype and tokenizer.spec.kind == "discrete":
+            raise TokenizerError(f"{section.tokenizer} makes codes, whose number type is given: remove stored_dtype")
+        sampling, size = recipe.clips.sampling, section.batch_size
+        size = largest_batch(tokenizer, sampling) if size == "auto" else size
+        encoder = BatchEncoder(
+            tokenizer=tokenizer, batch_size=size, sampling=sampling, stored_dtype=section.stored_dtype
+        )
         encoder.layout  # noqa: B018  refuses sizes that the tokenizer does not take
     except TokenizerError as error:
         raise RecipeError(f"tokens.{name}: {error}") from None
     return encoder
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with a number for every batch_size=auto: the one that its cache was begun with, or what fits here.
+
+    It is chosen once, by the process that runs the job, since it decides bytes.
+    """
+    names = [name for name, section in recipe.tokens.items() if section.batch_size == "auto"]
+    if not names:
+        return recipe
+    apply_storage_options(recipe.storage)
+    folder = Folder(recipe.cache)
+    known = read_info(folder).products if folder.exists(CACHE_INFO) else {}
+    tokens = dict(recipe.tokens)
+    for name in names:
+        product = known.get(tokens_product(name))
+        before = dict(product.section or {}) if product else {}
+        size = before.pop("batch_size", None)
+        if before != tokens[name].model_dump(mode="json", exclude={"batch_size"}):
+            size = build_encoder(recipe, name).batch_size
+        tokens[name] = tokens[name].model_copy(update={"batch_size": size})
+    return recipe.model_copy(update={"tokens": tokens})
 
 
 def cache_info(recipe: Recipe, worker: Worker) -> CacheInfo:

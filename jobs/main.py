@@ -159,11 +159,23 @@ def verify(
     retokenize: Annotated[
         float | None, typer.Option(metavar="P", help="Make this fraction of the clips again and compare.", min=0, max=1)
     ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P", help="Decode this fraction of the clips: PSNR and SSIM to their sources.", min=0, max=1
+        ),
+    ] = None,
+    lpips: Annotated[
+        str | None, typer.Option(metavar="WEIGHTS", help="With --quality: a VidTok checkpoint, for its LPIPS networks.")
+    ] = None,
 ) -> None:
     """Check that every file that manifests, plans and snapshots name is there, and the account; exit code 1 if not."""
     from .verify import verify_cache
 
-    raise typer.Exit(1 if verify_cache(cache, deep=deep, retokenize=retokenize) else 0)
+    if lpips and quality is None:
+        raise typer.BadParameter("it is measured with --quality P", param_hint="--lpips")
+    problems = verify_cache(cache, deep=deep, retokenize=retokenize, quality=quality, lpips=lpips)
+    raise typer.Exit(1 if problems else 0)
 
 
 @app.command()

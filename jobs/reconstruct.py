@@ -5,6 +5,7 @@ import torch
 
 from ..pipeline.cache import TokenCache, open_cache
 from ..pipeline.decoders import DirectDecoder
+from ..pipeline.encode import BatchEncoder
 from ..pipeline.metrics import psnr
 from ..pipeline.render import side_by_side, write_sheet, write_video
 from ..pipeline.storage import written_aside
@@ -20,7 +21,8 @@ def reconstruct_clip(
     opened = open_cache(cache, snapshot)
     full_id = opened.clip_id(clip_id)
     name = choose_product(opened, product)
-    decoded_THWC = decode_tokens(opened, name, full_id)
+    encoder = build_encoder(recipe_of(opened.info), name.removeprefix("tokens/"))
+    decoded_THWC = decode_tokens(opened, name, full_id, encoder)
     clip, source_THWC = source_of(opened, full_id)
     num_valid = len(decoded_THWC)
     source_THWC = source_THWC[:num_valid]
@@ -44,12 +46,12 @@ def choose_product(cache: TokenCache, wanted: str | None) -> str:
     return products[0]
 
 
-def decode_tokens(cache: TokenCache, product: str, clip_id: str) -> np.ndarray:
-    """The real frames (T,H,W,3) uint8 of a clip, from its tokens alone."""
-    encoder = build_encoder(recipe_of(cache.info), product.removeprefix("tokens/"))
+def decode_tokens(cache: TokenCache, product: str, clip_id: str, encoder: BatchEncoder) -> np.ndarray:
+    """The real frames (T,H,W,3) uint8 of a clip, from its tokens alone, by the tokenizer that made them."""
     grid = cache.grid(product, clip_id)
     with torch.inference_mode():
-        frames_BTHWC = encoder.tokenizer.decode(torch.from_numpy(grid.values_thw).unsqueeze(0))
+        tokens = torch.from_numpy(grid.values_thw).unsqueeze(0)
+        frames_BTHWC = encoder.tokenizer.decode(tokens, encoder.sampling.num_frames)
     return frames_BTHWC[0, : grid.num_valid].cpu().numpy()
 
 

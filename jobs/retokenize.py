@@ -2,8 +2,9 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -13,10 +14,12 @@ from ..pipeline.plan_file import clips_of
 from ..pipeline.shard import batches, tokenize
 from ..pipeline.worker import Worker
 from ..schemas.clip import Clip, FrameBatch
+from ..tokenizers.base import VideoTokenizer
 from .build import build_worker, recipe_of
 
 # Of the largest stored value. The machine that made them makes the same bits again; others sum in another order, about
 # 3e-6 in float32, and what is stored in 16 bits may then round to its neighbour.
+SMALL_MARGIN = 1e-4  # a code that was so near to another one may become it when sums are taken in another order
 TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
@@ -29,18 +32,27 @@ class Comparison:
     num_clips: int = 0
     num_values: int = 0
     num_other_values: int = 0
+    num_near_values: int = 0  # of these, codes whose latents lie next to a rounding boundary
     largest_error: float = 0.0
     sum_errors: float = 0.0
     largest_value: float = 0.0
     other_clip_ids: list[str] = field(default_factory=list)
 
-    def add(self, clip_ids: Sequence[str], stored_N: torch.Tensor, made_N: torch.Tensor) -> None:
-        """Count the differences of a batch of clips, tokens (N,t,h,w) or (N,t,h,w,d)."""
+    def add(
+        self,
+        clip_ids: Sequence[str],
+        stored_N: torch.Tensor,
+        made_N: torch.Tensor,
+        margins: Callable[[], torch.Tensor | None] = lambda: None,
+    ) -> None:
+        """Count the differences of a batch of clips, tokens (N,t,h,w) or (N,t,h,w,d); `margins` are those of codes."""
         errors_Nv = (stored_N.double() - made_N.double()).abs().flatten(1)
         others_N = (errors_Nv > 0).any(dim=1).tolist()
         self.num_clips += len(clip_ids)
         self.num_values += errors_Nv.numel()
         self.num_other_values += int((errors_Nv > 0).sum())
+        if self.dtype is None and any(others_N) and (margins_N := margins()) is not None:
+            self.num_near_values += int(((margins_N.cpu().flatten(1) < SMALL_MARGIN) & (errors_Nv > 0)).sum())
         self.other_clip_ids += [clip_id for clip_id, is_other in zip(clip_ids, others_N, strict=True) if is_other]
         self.largest_error = max(self.largest_error, errors_Nv.max().item())
         self.sum_errors += errors_Nv.sum().item()
@@ -48,16 +60,17 @@ class Comparison:
 
     @property
     def is_close(self) -> bool:
-        """Whether codes are the same, and latents within the tolerance."""
+        """Whether codes are the same where they are certain, and latents within the tolerance."""
         if self.dtype is None:
-            return not self.num_other_values
+            return self.num_other_values == self.num_near_values
         return self.largest_error <= TOLERANCES[self.dtype] * self.largest_value
 
     def figures(self) -> str:
         """What was found, in one line."""
         if self.dtype is None:
             clips = f"in {len(self.other_clip_ids)} of {self.num_clips:,} clips"
-            return f"{self.product}: {self.num_other_values:,} of {self.num_values:,} codes differ, {clips}"
+            near = f" ({self.num_near_values:,} next to a rounding boundary)" if self.num_near_values else ""
+            return f"{self.product}: {self.num_other_values:,} of {self.num_values:,} codes differ{near}, {clips}"
         mean = self.sum_errors / max(1, self.num_values)
         return (
             f"{self.product}: largest error {self.largest_error:.3g}, mean {mean:.3g}, in {self.num_clips:,} clips of"
@@ -92,8 +105,10 @@ def _compared(cache: TokenCache, worker: Worker, fraction: float) -> Iterator[st
             if not made:
                 continue
             clip_ids = [one.clip.clip_id for one in made]
-            for product, tokens in tokenize(FrameBatch.stack(made), products, worker).items():
-                comparisons[product].add(clip_ids, cache.read(product, clip_ids), tokens)
+            batch = FrameBatch.stack(made)
+            for product, tokens in tokenize(batch, products, worker).items():
+                margins = partial(_margins_of, batch, worker.encoders[product].tokenizer)
+                comparisons[product].add(clip_ids, cache.read(product, clip_ids), tokens, margins)
     for comparison in comparisons.values():
         if not comparison.num_clips:
             continue
@@ -117,6 +132,11 @@ def sample_clips(cache: TokenCache, products: Sequence[str], fraction: float) ->
     )
     rows = rows.slice(0, max(1, math.ceil(fraction * rows.num_rows)))
     return list(clips_of(rows.sort_by([("video_id", "ascending"), ("start_s", "ascending")])))
+
+
+def _margins_of(batch: FrameBatch, tokenizer: VideoTokenizer) -> torch.Tensor | None:
+    with torch.inference_mode():
+        return tokenizer.margins(torch.from_numpy(batch.frames_BTHWC))
 
 
 def _comparison(worker: Worker, product: str) -> Comparison:

@@ -16,6 +16,7 @@ from ..schemas.digest import digest_of_stream
 from ..schemas.errors import CacheError, StorageError
 from ..schemas.plan import PLAN_REMEDY
 from ..schemas.shard import CLIPS, SHORT_DIGEST, WEBDATASET, FileEntry, tokens_product
+from .quality import measure_quality
 from .retokenize import retokenize_sample
 
 READ_THREADS = 8
@@ -29,12 +30,15 @@ class NamedFile:
     remedy: str
 
 
-def verify_cache(cache: str, *, deep: bool, retokenize: float | None) -> list[str]:
+def verify_cache(
+    cache: str, *, deep: bool, retokenize: float | None, quality: float | None = None, lpips: str | None = None
+) -> list[str]:
     """Check files, account and snapshots; print what was found and return the problems, one line each.
 
     Sizes are checked by one listing; with `deep` every file is read against its SHA-256 and row count. `retokenize` is
-    the fraction of clips to make again from their sources. Files and account are checked from plans and manifests
-    alone: the index is derived from what is checked here.
+    the fraction of clips to make again from their sources; `quality` that of clips whose tokens to decode and compare
+    with sources, also by the LPIPS networks in the checkpoint `lpips`. Files and account are checked from plans
+    and manifests alone: the index is derived from what is checked here.
     """
     opened = open_cache(cache)
     state = live_state(opened.folder)
@@ -50,6 +54,8 @@ def verify_cache(cache: str, *, deep: bool, retokenize: float | None) -> list[st
         print("no clip was made again: mend the files first")
     elif retokenize is not None:
         problems += retokenize_sample(opened, retokenize)
+    if quality is not None and not problems:
+        problems += measure_quality(opened, quality, lpips)
     for problem in problems:
         print(f"problem: {problem}")
     return problems

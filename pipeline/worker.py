@@ -61,6 +61,7 @@ def _tokens_fingerprint(decoder: FrameDecoder, encoder: BatchEncoder) -> str:
             "decoder": decoder.identity,
             "sampling": asdict(encoder.sampling),
             "tokenizer": asdict(encoder.tokenizer.spec),
+            "stored": encoder.layout.dtype,
             "batch_size": encoder.batch_size,
         }
     )

@@ -12,6 +12,7 @@ from .errors import RecipeError, did_you_mean
 VIDEO_EXTENSIONS = (
     "3gp", "avi", "flv", "gif", "m2ts", "m4v", "mkv", "mov", "mp4", "mpeg", "mpg", "mts", "ogv", "ts", "webm", "wmv",
 )  # fmt: skip
+NumberType = Literal["float32", "float16", "bfloat16"]
 PRODUCT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
@@ -108,8 +109,15 @@ class TokensSection(Section):
         default=None, description="path or fsspec URL of the weights, where the tokenizer has any"
     )
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    batch_size: int = Field(default=8, ge=1, description="clips in one model call; part of the product's fingerprint")
+    dtype: NumberType = Field(default="float32", description="number type of the arithmetic; float32 is canonical")
+    stored_dtype: NumberType | None = Field(
+        default=None, description="number type of stored latents; null is that of the arithmetic"
+    )
+    logvar: bool = Field(default=False, description="store the logarithm of the variance after the mean (KL alone)")
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        default=8,
+        description="clips in one model call, part of the product's fingerprint; auto: as many as memory holds",
+    )
 
 
 class DecodeSection(Section):

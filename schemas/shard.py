@@ -45,7 +45,8 @@ class ShardManifest:
     """What one shard committed of one product: written once, never edited.
 
     `fingerprint` names the product's version. `clips_per_video` counts rows by video digest. Rows and failures
-    together are the clips that the plan gave to the shard.
+    together are the clips that the plan gave to the shard. `batch_splits` counts model calls that did not fit into
+    memory and were made in halves: across batch shapes sums may differ in their last bits.
     """
 
     shard_id: str
@@ -56,6 +57,7 @@ class ShardManifest:
     clips_per_video: Mapping[str, int]
     host: str
     timings_s: Mapping[str, float]
+    batch_splits: int = 0
     format_version: int = field(default=FORMAT_VERSION)
 
     @property

@@ -16,12 +16,24 @@ class VideoTokenizer(Protocol):
         """What decides the tokens, apart from the frames."""
         ...
 
+    @property
+    def is_batched(self) -> bool:
+        """Whether clips that come together are computed together: sums then depend on how many they are."""
+        ...
+
     def grid_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """The (t,h,w) grid of a clip of this size; TokenizerError says which sizes are accepted."""
         ...
 
     def encode(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
         """uint8 RGB frames to int32 codes (B,t,h,w), or to latents (B,t,h,w,d) of the spec's dtype."""
+        ...
+
+    def margins(self, frames_BTHWC: torch.Tensor) -> torch.Tensor | None:
+        """How far (B,t,h,w) each code of these frames was from being another, in steps between levels.
+
+        None where there are no codes, or where they are exact on every machine.
+        """
         ...
 
     def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
@@ -78,6 +90,7 @@ def check_codes(tokens: torch.Tensor, codebook_size: int, name: str) -> None:
 class FakeTokenizer:
     """One token per 4x8x8 block, its mean brightness: quick, exact and easy to check by hand."""
 
+    is_batched = False
     spec = TokenizerSpec(
         name="fake", kind="discrete", codebook_size=256, latent_dim=None,
         stride_thw=(4, 8, 8), weights_sha256=None, dtype="float32",
@@ -90,6 +103,9 @@ class FakeTokenizer:
         b, t, h, w, _ = frames_BTHWC.shape
         blocks = frames_BTHWC.to(torch.int32).reshape(b, t // 4, 4, h // 8, 8, w // 8, 8, 3)
         return blocks.sum(dim=(2, 4, 6, 7)) // (4 * 8 * 8 * 3)
+
+    def margins(self, frames_BTHWC: torch.Tensor) -> None:
+        return None
 
     def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
         for dim, stride in ((1, 4), (2, 8), (3, 8)):

@@ -89,6 +89,8 @@ VARIANTS = {
 class DctFsq:
     """The tokenizer of one variant; holds its integer analysis matrix and its tables on a device."""
 
+    is_batched = False  # and exact
+
     def __init__(self, variant: str, *, device: str = "cpu") -> None:
         if variant not in VARIANTS:
             near = did_you_mean(variant, list(VARIANTS))
@@ -123,6 +125,9 @@ class DctFsq:
         for codes_thw, frames_THWC in zip(codes_Bthw, frames_BTHWC, strict=True):
             codes_thw.copy_(self._encode_clip(frames_THWC.to(self._device)))
         return codes_Bthw
+
+    def margins(self, frames_BTHWC: torch.Tensor) -> None:
+        """Codes are exact."""
 
     def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
         """uint8 RGB frames (B,T,H,W,3) of integer codes (B,t,h,w), on the tokenizer's device.

@@ -9,12 +9,13 @@ from .base import FakeTokenizer, VideoTokenizer
 
 
 def load_tokenizer(
-    name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32"
+    name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, logvar: bool = False
 ) -> VideoTokenizer:
     """The tokenizer called `name`, for instance "dct_fsq/488_262144", ready to encode on `device`.
 
     `weights` is the path or fsspec URL of its weights, for families that have any; `dtype` is the number type of
-    the arithmetic. TokenizerError for an unknown name, and for a setting that the family does not take.
+    the arithmetic; with `logvar` latents are means and, after them, logarithms of variances. TokenizerError for an
+    unknown name, and for a setting that the family does not take.
     """
     family, _, variant = name.partition("/")
     if family not in FAMILIES:
@@ -23,10 +24,12 @@ def load_tokenizer(
             f" accepted are {', '.join(FAMILIES)}"
         )
     _check_device(device)
-    return FAMILIES[family](variant, weights, device, dtype)
+    if logvar and family != "vidtok":
+        raise TokenizerError(f"{family} has no variances: remove logvar")
+    return FAMILIES[family](variant, weights, device, dtype, logvar)
 
 
-def _load_dct_fsq(variant: str, weights: str | None, device: str, dtype: str) -> VideoTokenizer:
+def _load_dct_fsq(variant: str, weights: str | None, device: str, dtype: str, _: bool) -> VideoTokenizer:
     from .dct_fsq import DctFsq
 
     _refuse_weights("dct_fsq", weights)
@@ -35,13 +38,13 @@ def _load_dct_fsq(variant: str, weights: str | None, device: str, dtype: str) ->
     return DctFsq(variant, device=device)
 
 
-def _load_vidtok(variant: str, weights: str | None, device: str, dtype: str) -> VideoTokenizer:
+def _load_vidtok(variant: str, weights: str | None, device: str, dtype: str, logvar: bool) -> VideoTokenizer:
     from .vidtok import VidTokTokenizer
 
-    return VidTokTokenizer(variant, weights, device, dtype)
+    return VidTokTokenizer(variant, weights, device, dtype, logvar=logvar)
 
 
-def _load_fake(variant: str, weights: str | None, device: str, dtype: str) -> VideoTokenizer:
+def _load_fake(variant: str, weights: str | None, device: str, dtype: str, _: bool) -> VideoTokenizer:
     _refuse_weights("fake", weights)
     if variant:
         raise TokenizerError(f"fake has no variants, found {variant!r}: set the tokenizer to fake")
@@ -49,8 +52,8 @@ def _load_fake(variant: str, weights: str | None, device: str, dtype: str) -> Vi
 
 
 # Loaders import their family when called: loading one imports no other. A name, and what makes a tokenizer of
-# (variant, weights, device, dtype).
-FAMILIES: dict[str, Callable[[str, str | None, str, str], VideoTokenizer]] = {
+# (variant, weights, device, dtype, logvar).
+FAMILIES: dict[str, Callable[[str, str | None, str, str, bool], VideoTokenizer]] = {
     "dct_fsq": _load_dct_fsq,
     "fake": _load_fake,
     "vidtok": _load_vidtok,

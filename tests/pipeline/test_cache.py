@@ -41,6 +41,7 @@ SIZE = {"num_frames": 8, "height": 16, "width": 24}
 class Averages:
     """Latents for tests: the mean colour of each 4x8x8 block, in bfloat16."""
 
+    is_batched = False
     spec = TokenizerSpec(
         name="averages", kind="continuous", codebook_size=None, latent_dim=3,
         stride_thw=(4, 8, 8), weights_sha256=None, dtype="bfloat16",

@@ -48,6 +48,8 @@ class SomeBroken(FakeDecoder):
 class Counting(FakeTokenizer):
     """Remembers the shape of every batch."""
 
+    is_batched = True
+
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
 

@@ -1,0 +1,156 @@
+"""Clips of any length become tokens and come back, frame for frame; what a variant does not take is refused."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenmill.schemas.errors import TokenizerError
+from tokenmill.tokenizers import vidtok_model
+from tokenmill.tokenizers.load import load_tokenizer
+from tokenmill.tokenizers.vidtok import VidTokTokenizer, build
+
+from .vidtok_kit import clip, filled, normalized
+
+Load = Callable[..., VidTokTokenizer]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Load]:
+    """load(name, ...): a variant of an eighth of the width."""
+    monkeypatch.setattr(vidtok_model, "WIDTH", 16)
+
+    def tokenizer(name: str, dtype: str = "float32", *, logvar: bool = False) -> VidTokTokenizer:
+        path = tmp_path / f"vidtok_{name}.ckpt"
+        if not path.exists():
+            torch.save(filled(build(name)).state_dict(), path)
+        found = load_tokenizer(f"vidtok/{name}", weights=str(path), dtype=dtype, logvar=logvar)
+        assert isinstance(found, VidTokTokenizer)
+        return found
+
+    with torch.inference_mode():
+        yield tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [
+        ("fsq_causal_488_4096", {1: 1, 5: 2, 17: 5, 16: 5, 3: 5, 18: 10, 34: 10, 40: 15}),
+        ("fsq_noncausal_488_262144", {4: 1, 16: 4, 17: 8, 32: 8, 1: 4}),
+        ("kl_causal_288_8chn", {1: 1, 3: 2, 17: 9, 18: 18}),
+        ("fsq_causal_488_32768_v1_1", {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 17: 5, 18: 5, 20: 5, 49: 13, 50: 13}),
+        ("fsq_causal_888_32768_v1_1", {1: 1, 9: 2, 40: 5}),
+    ],
+)
+def test_clips_of_any_length_come_back_with_their_frames(load: Load, name: str, lengths: dict[int, int]) -> None:
+    tokenizer = load(name)
+    side = tokenizer.spec.stride_thw[1]
+    for num_frames, num_tokens in lengths.items():
+        frames = clip(num_frames, side, 2 * side).unsqueeze(0)
+        tokens = tokenizer.encode(frames)
+        assert tuple(tokens.shape[1:4]) == tokenizer.grid_shape(*frames.shape[1:4]) == (num_tokens, 1, 2)
+        decoded = tokenizer.decode(tokens, num_frames)
+        assert decoded.shape == frames.shape
+        assert decoded.dtype == torch.uint8
+        longest = tokenizer.decode(tokens)
+        assert longest.shape[1] >= num_frames
+        if not tokenizer.spec.name.endswith("v1_1"):  # there frames are put before the first, and fall away
+            assert torch.equal(longest[:, :num_frames], decoded)
+
+
+def test_windows_are_independent_and_the_last_repeats_its_last_frame(load: Load) -> None:
+    tokenizer, frames = load("fsq_causal_488_4096"), clip(30, 8, 8).unsqueeze(0)
+    codes = tokenizer.encode(frames)
+    filled_up = torch.cat((frames[:, 17:], frames[:, -1:].expand(-1, 4, -1, -1, -1)), dim=1)
+    assert torch.equal(codes, torch.cat((tokenizer.encode(frames[:, :17]), tokenizer.encode(filled_up)), dim=1))
+
+
+def test_codes_are_those_of_the_networks_and_clips_do_not_touch(load: Load) -> None:
+    tokenizer, frames = load("fsq_causal_488_32768"), clip(17, 16, 16)
+    model = filled(build("fsq_causal_488_32768"))
+    assert isinstance(model, vidtok_model.VidTok)
+    _, codes = model.quantize(model.encode_latent(normalized(frames)))
+    both = tokenizer.encode(torch.stack((frames, frames.flip(0))))
+    assert both.dtype == torch.int32
+    assert torch.equal(both[:1], codes)
+    assert not torch.equal(both[1:], codes)
+    assert not tokenizer.is_batched
+    assert tokenizer.spec.codebook_size == 32768
+
+
+def test_a_streamed_clip_has_the_codes_of_the_whole(load: Load) -> None:
+    tokenizer, frames = load("fsq_causal_488_32768_v1_1"), clip(81, 8, 8)
+    model = filled(build("fsq_causal_488_32768_v1_1"))
+    assert isinstance(model, vidtok_model.VidTok)
+    h = model.encode_latent(normalized(frames))
+    others = tokenizer.encode(frames.unsqueeze(0)) != model.quantize(h)[1]
+    assert model.fsq is not None
+    assert (model.fsq.margins(h.movedim(1, -1))[others] < 1e-4).all()
+
+
+def test_margins_are_those_of_the_latents(load: Load) -> None:
+    tokenizer, frames = load("fsq_causal_488_4096"), clip(5, 8, 8).unsqueeze(0)
+    margins = tokenizer.margins(frames)
+    assert margins.shape == (1, 2, 1, 1)
+    assert (margins >= 0).all()
+    assert (margins <= 0.5).all()
+
+
+def test_latents_are_means_and_on_request_variances(load: Load) -> None:
+    frames = clip(5, 8, 8).unsqueeze(0)
+    means, both = load("kl_causal_488_4chn"), load("kl_causal_488_4chn", logvar=True)
+    latents, more = means.encode(frames), both.encode(frames)
+    assert (means.spec.latent_dim, both.spec.latent_dim) == (4, 8)
+    assert latents.shape == (1, 2, 1, 1, 4)
+    assert torch.equal(more[..., :4], latents)
+    assert torch.equal(means.decode(latents, 5), both.decode(more, 5))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_other_number_types_are_part_of_what_the_tokenizer_is(load: Load, dtype: str) -> None:
+    frames = clip(5, 16, 16).unsqueeze(0)
+    exact, other = load("kl_causal_488_4chn"), load("kl_causal_488_4chn", dtype)
+    assert (exact.spec.dtype, other.spec.dtype) == ("float32", dtype)
+    wanted, found = exact.encode(frames), other.encode(frames)
+    assert found.dtype == getattr(torch, dtype)
+    error = (found.float() - wanted).abs().max() / wanted.abs().max()
+    assert 0 < error < {"bfloat16": 0.1, "float16": 0.01}[dtype]
+    assert other.decode(found, 5).shape == frames.shape
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"name": "vidtok/fsq_causal_488_4095"},
+            r"no variant 'fsq_causal_488_4095' \(did you mean 'fsq_causal_488_4096'",
+        ),
+        (
+            {"name": "vidtok/fsq_causal_488_4096"},
+            "needs its weights: set weights to the path or URL of vidtok_fsq_causal",
+        ),
+        ({"name": "dct_fsq/488_262144", "logvar": True}, "dct_fsq has no variances: remove logvar"),
+        (
+            {"name": "vidtok/fsq_causal_488_4096", "weights": "x", "logvar": True},
+            "makes codes, which have no variance: remove logvar",
+        ),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(TokenizerError, match=message):
+        load_tokenizer(**arguments)
+
+
+def test_clips_and_tokens_of_other_sizes_are_refused(load: Load) -> None:
+    codes, latents = load("fsq_causal_488_4096"), load("kl_causal_488_4chn")
+    with pytest.raises(TokenizerError, match=r"whose height is a multiple of 8, found 12: set clips.height=16"):
+        codes.encode(torch.zeros(1, 5, 12, 8, 3, dtype=torch.uint8))
+    with pytest.raises(TokenizerError, match=r"encodes uint8 RGB frames of shape \(B,T,H,W,3\)"):
+        codes.encode(torch.zeros(1, 5, 8, 8, 3))
+    with pytest.raises(TokenizerError, match="decodes codes from 0 to 4095, found 0 to 4096"):
+        codes.decode(torch.tensor([[[[0, 4096]]]]))
+    with pytest.raises(TokenizerError, match=r"decodes latents of shape \(B,t,h,w,4\), found \(1, 2, 1, 1, 5\)"):
+        latents.decode(torch.zeros(1, 2, 1, 1, 5))
+    with pytest.raises(TokenizerError, match="clips of 9 frames do not have 2 tokens in time: 5 frames have"):
+        codes.decode(torch.zeros(1, 2, 1, 1, dtype=torch.int32), 9)
