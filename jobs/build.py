@@ -73,7 +73,12 @@ def build_encoder(recipe: Recipe, name: str) -> BatchEncoder:
     section = recipe.tokens[name]
     try:
         tokenizer = load_tokenizer(
-            section.tokenizer, section.weights, section.device, section.dtype, logvar=section.logvar
+            section.tokenizer,
+            section.weights,
+            section.device,
+            section.dtype,
+            logvar=section.logvar,
+            compiled=section.compiled,
         )
         if section.stored_dtype and tokenizer.spec.kind == "discrete":
             raise TokenizerError(f"{section.tokenizer} makes codes, whose number type is given: remove stored_dtype")

@@ -108,7 +108,7 @@ def _compared(cache: TokenCache, worker: Worker, fraction: float) -> Iterator[st
             batch = FrameBatch.stack(made)
             for product, tokens in tokenize(batch, products, worker).items():
                 margins = partial(_margins_of, batch, worker.encoders[product].tokenizer)
-                comparisons[product].add(clip_ids, cache.read(product, clip_ids), tokens, margins)
+                comparisons[product].add(clip_ids, cache.read(product, clip_ids), tokens.cpu(), margins)
     for comparison in comparisons.values():
         if not comparison.num_clips:
             continue

@@ -40,7 +40,7 @@ class BatchEncoder:
         return TokenLayout(dtype=dtype, shape=(*grid_thw, spec.latent_dim or 1), codebook_size=None)
 
     def encode(self, batch: FrameBatch) -> torch.Tensor:
-        """The tokens of all clips of `batch`, in their order, on the CPU."""
+        """The tokens of all clips of `batch`, in their order, where the tokenizer makes them."""
         frames_BTHWC = torch.from_numpy(batch.frames_BTHWC)
         with torch.inference_mode():
             tokens = torch.cat([self._encode(part, self.batch_size) for part in frames_BTHWC.split(self.batch_size)])
@@ -59,7 +59,7 @@ class BatchEncoder:
         if num_clips < shape and self.tokenizer.is_batched:
             filled = torch.cat((filled, filled.new_zeros((shape - num_clips, *filled.shape[1:]))))
         try:
-            return self.tokenizer.encode(filled)[:num_clips].cpu()
+            return self.tokenizer.encode(filled)[:num_clips]
         except torch.OutOfMemoryError:
             half = shape // 2
             if not half:

@@ -26,11 +26,14 @@ class ShardRows:
     """What a shard has made so far: decoded clips without their frames, tokens by product, failures."""
 
     clips: list[dict] = field(default_factory=list)
-    tokens: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    tokens: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     failures: list[ClipFailure] = field(default_factory=list)
 
     def add(self, decoded: Sequence[ClipFrames], tokens: Mapping[str, torch.Tensor]) -> None:
-        """Append a batch: the clips, and for each product their tokens in the same order."""
+        """Append a batch: the clips, and for each product their tokens in the same order.
+
+        A GPU may still be at work on them: they are waited for when the next batch is on its way.
+        """
         for one in decoded:
             self.clips.append(
                 {
@@ -45,7 +48,9 @@ class ShardRows:
                 }
             )
         for product, values in tokens.items():
-            self.tokens.setdefault(product, []).append(bits_of(values))
+            held = self.tokens.setdefault(product, [])
+            held[-1:] = [last.cpu() for last in held[-1:]]
+            held.append(values)
 
     @property
     def order(self) -> list[int]:
@@ -58,7 +63,7 @@ class ShardRows:
 
     def sorted_tokens(self, product: str) -> np.ndarray:
         """Codes (N,...) or the bits of latents (N,...) of all clips, as files have them."""
-        return np.concatenate(self.tokens[product])[self.order]
+        return np.concatenate([bits_of(values.cpu()) for values in self.tokens[product]])[self.order]
 
 
 def bits_of(tokens: torch.Tensor) -> np.ndarray:

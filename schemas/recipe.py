@@ -114,6 +114,7 @@ class TokensSection(Section):
         default=None, description="number type of stored latents; null is that of the arithmetic"
     )
     logvar: bool = Field(default=False, description="store the logarithm of the variance after the mean (KL alone)")
+    compiled: bool = Field(default=False, description="run the networks through torch.compile (needs a C++ compiler)")
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         default=8,
         description="clips in one model call, part of the product's fingerprint; auto: as many as memory holds",

@@ -13,8 +13,8 @@ class TokenizerSpec:
     """Everything about a tokenizer that decides its tokens, apart from the frames.
 
     `codebook_size` is set for discrete tokens, `latent_dim` for the others. `stride_thw` is how many frames,
-    rows and columns one token covers. `dtype` is the number type of the arithmetic. `revision` rises with
-    every change of our code that changes tokens.
+    rows and columns one token covers. `dtype` is the number type of the arithmetic, and
+    `compiled` whether torch.compile orders it. `revision` rises with every change of our code that changes tokens.
     """
 
     name: str
@@ -24,6 +24,7 @@ class TokenizerSpec:
     stride_thw: tuple[int, int, int]
     weights_sha256: str | None
     dtype: str
+    compiled: bool = False
     revision: int = 1
 
     def __post_init__(self) -> None:

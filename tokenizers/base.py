@@ -1,11 +1,23 @@
 """What every tokenizer offers, and a small one for tests."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from ..schemas.errors import TokenizerError
 from ..schemas.tokens import TokenizerSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a tokenizer is to be made: see `load_tokenizer`."""
+
+    weights: str | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    logvar: bool = False
+    compiled: bool = False
 
 
 class VideoTokenizer(Protocol):

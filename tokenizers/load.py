@@ -5,17 +5,23 @@ from collections.abc import Callable
 import torch
 
 from ..schemas.errors import TokenizerError, did_you_mean
-from .base import FakeTokenizer, VideoTokenizer
+from .base import FakeTokenizer, Settings, VideoTokenizer
 
 
 def load_tokenizer(
-    name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, logvar: bool = False
+    name: str,
+    weights: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    logvar: bool = False,
+    compiled: bool = False,
 ) -> VideoTokenizer:
     """The tokenizer called `name`, for instance "dct_fsq/488_262144", ready to encode on `device`.
 
     `weights` is the path or fsspec URL of its weights, for families that have any; `dtype` is the number type of
-    the arithmetic; with `logvar` latents are means and, after them, logarithms of variances. TokenizerError for an
-    unknown name, and for a setting that the family does not take.
+    the arithmetic; with `logvar` latents are means and, after them, logarithms of variances; with `compiled` networks
+    go through torch.compile. TokenizerError for an unknown name, and for a setting that the family does not take.
     """
     family, _, variant = name.partition("/")
     if family not in FAMILIES:
@@ -24,45 +30,48 @@ def load_tokenizer(
             f" accepted are {', '.join(FAMILIES)}"
         )
     _check_device(device)
-    if logvar and family != "vidtok":
-        raise TokenizerError(f"{family} has no variances: remove logvar")
-    return FAMILIES[family](variant, weights, device, dtype, logvar)
+    settings = Settings(weights=weights, device=device, dtype=dtype, logvar=logvar, compiled=compiled)
+    return FAMILIES[family](variant, settings)
 
 
-def _load_dct_fsq(variant: str, weights: str | None, device: str, dtype: str, _: bool) -> VideoTokenizer:
+def _load_dct_fsq(variant: str, settings: Settings) -> VideoTokenizer:
     from .dct_fsq import DctFsq
 
-    _refuse_weights("dct_fsq", weights)
-    if dtype != "float32":
-        raise TokenizerError(f"dct_fsq computes in float32 alone, found dtype {dtype!r}: set dtype to float32")
-    return DctFsq(variant, device=device)
+    _refuse_networks("dct_fsq", settings)
+    if settings.dtype != "float32":
+        raise TokenizerError(f"dct_fsq computes in float32 alone, found dtype {settings.dtype!r}: set dtype to float32")
+    return DctFsq(variant, device=settings.device)
 
 
-def _load_vidtok(variant: str, weights: str | None, device: str, dtype: str, logvar: bool) -> VideoTokenizer:
+def _load_vidtok(variant: str, settings: Settings) -> VideoTokenizer:
     from .vidtok import VidTokTokenizer
 
-    return VidTokTokenizer(variant, weights, device, dtype, logvar=logvar)
+    return VidTokTokenizer(variant, settings)
 
 
-def _load_fake(variant: str, weights: str | None, device: str, dtype: str, _: bool) -> VideoTokenizer:
-    _refuse_weights("fake", weights)
+def _load_fake(variant: str, settings: Settings) -> VideoTokenizer:
+    _refuse_networks("fake", settings)
     if variant:
         raise TokenizerError(f"fake has no variants, found {variant!r}: set the tokenizer to fake")
     return FakeTokenizer()
 
 
-# Loaders import their family when called: loading one imports no other. A name, and what makes a tokenizer of
-# (variant, weights, device, dtype, logvar).
-FAMILIES: dict[str, Callable[[str, str | None, str, str, bool], VideoTokenizer]] = {
+# Loaders import their family when called: loading one imports no other.
+FAMILIES: dict[str, Callable[[str, Settings], VideoTokenizer]] = {
     "dct_fsq": _load_dct_fsq,
     "fake": _load_fake,
     "vidtok": _load_vidtok,
 }
 
 
-def _refuse_weights(family: str, weights: str | None) -> None:
-    if weights is not None:
-        raise TokenizerError(f"{family} has no weights, found {weights!r}: remove weights")
+def _refuse_networks(family: str, settings: Settings) -> None:
+    """TokenizerError for settings of networks, in a family without any."""
+    if settings.weights is not None:
+        raise TokenizerError(f"{family} has no weights, found {settings.weights!r}: remove weights")
+    if settings.logvar:
+        raise TokenizerError(f"{family} has no variances: remove logvar")
+    if settings.compiled:
+        raise TokenizerError(f"{family} has no networks to compile: remove compiled")
 
 
 def _check_device(device: str) -> None:

@@ -9,13 +9,14 @@ import torch
 
 from ..schemas.errors import TokenizerError
 from ..schemas.tokens import TokenizerSpec
-from .base import check_codes, check_frames, check_multiple
+from .base import Settings, check_codes, check_frames, check_multiple
 from .vidtok_model import VidTok
-from .vidtok_variants import NAMES, Variant, variant_of
+from .vidtok_variants import FSQ_LEVEL, NAMES, Variant, variant_of
 from .weights import check_tensors, fetch_weights, load_tensors, read_tensors
 
 TRAINING_ALONE = ("loss.", "model_ema.")  # tensors of a checkpoint that its networks do not have
-PART_FRAMES = 16  # of a streamed clip in work at a time
+# Frames of a clip in work at a time: few stay in a processor's caches, and 16 bound the memory of a GPU.
+PART_FRAMES = {"cpu": 4, "cuda": 16}
 
 
 def build(variant: str) -> VidTok:
@@ -62,28 +63,30 @@ class Windows:
 class VidTokTokenizer:
     """A variant with its weights, which are checked here and loaded when they are first used."""
 
-    def __init__(self, name: str, weights: str | None, device: str, dtype: str, *, logvar: bool = False) -> None:
+    def __init__(self, name: str, settings: Settings) -> None:
         variant = self._variant = variant_of(name)
-        if weights is None:
+        if settings.weights is None:
             raise TokenizerError(
                 f"vidtok/{name} needs its weights: set weights to the path or URL of vidtok_{name}.ckpt, from"
                 f" hf://microsoft/VidTok/checkpoints (docs/tokenizers.md)"
             )
-        if logvar and variant.regularizer != "kl":
+        if settings.logvar and variant.regularizer != "kl":
             raise TokenizerError(f"vidtok/{name} makes codes, which have no variance: remove logvar")
-        _warn_of_another_name(variant, weights)
-        self._device, self._dtype, self._logvar = torch.device(device), getattr(torch, dtype), logvar
-        self._weights = fetch_weights(weights)
+        _warn_of_another_name(variant, settings.weights)
+        self._settings, self._device = settings, torch.device(settings.device)
+        self._dtype: torch.dtype = getattr(torch, settings.dtype)
+        self._weights = fetch_weights(settings.weights)
         self._read()
-        size = 8**variant.channels if variant.regularizer == "fsq" else None
+        size = FSQ_LEVEL**variant.channels if variant.regularizer == "fsq" else None
         self.spec = TokenizerSpec(
             name=f"vidtok/{name}",
             kind="discrete" if size else "continuous",
             codebook_size=size,
-            latent_dim=None if size else variant.channels * (1 + logvar),
+            latent_dim=None if size else variant.channels * (1 + settings.logvar),
             stride_thw=variant.stride_thw,
             weights_sha256=self._weights.sha256,
-            dtype=dtype,
+            dtype=settings.dtype,
+            compiled=settings.compiled,
         )
 
     @property
@@ -145,7 +148,25 @@ class VidTokTokenizer:
         load_tensors(model, self._read())
         if self._device.type == "cuda":  # float32 means float32
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        return model.to(self._device, self._dtype)
+        model = model.to(self._device, self._dtype)
+        if self._settings.compiled:
+            model.encoder.compile()
+        return model
+
+    @cached_property
+    def _copies(self) -> "torch.cuda.Stream":
+        """Where frames are copied to a GPU, beside the batch that it computes."""
+        return torch.cuda.Stream(self._device)
+
+    def _on_device(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
+        if self._device.type == "cpu":
+            return frames_BTHWC
+        with torch.cuda.stream(self._copies):
+            copied = frames_BTHWC.pin_memory().to(self._device, non_blocking=True)
+        now = torch.cuda.current_stream(self._device)
+        now.wait_stream(self._copies)
+        copied.record_stream(now)
+        return copied
 
     def _read(self) -> dict[str, torch.Tensor]:
         """The tensors of the networks, all of them and no others; they are read when they are used."""
@@ -155,16 +176,22 @@ class VidTokTokenizer:
         check_tensors(tensors, expected, self._weights, f"vidtok/{self._variant.name}")
         return tensors
 
+    @property
+    def _part_frames(self) -> int | None:
+        if not self._variant.is_causal or self._settings.compiled:  # what is compiled has no memory of earlier parts
+            return None
+        return max(PART_FRAMES[self._device.type], self.spec.stride_thw[0])
+
     def _latents(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
         """What the encoder makes (B,C,t,h,w) of clips, before it is regularised."""
         windows = Windows.of(frames_BTHWC.shape[1], self._variant)
-        x_BTHWC = frames_BTHWC.to(self._device)
+        x_BTHWC = self._on_device(frames_BTHWC)
         missing = windows.count * windows.frames - windows.num_frames
         if missing:
             x_BTHWC = torch.cat((x_BTHWC, x_BTHWC[:, -1:].expand(-1, missing, -1, -1, -1)), dim=1)
         x_BTHWC = x_BTHWC.float().div_(255).sub_(0.5).div_(0.5).to(self._dtype)
         parts = x_BTHWC.movedim(-1, 1).split(windows.frames, dim=2)
-        part = PART_FRAMES if self._variant.is_causal else None
+        part = self._part_frames
         return torch.cat([self._model.encode_latent(x_BCTHW, part) for x_BCTHW in parts], dim=2)
 
     def _encode(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
@@ -172,7 +199,7 @@ class VidTokTokenizer:
         if self._model.fsq:
             return self._model.quantize(h_BCthw)[1]
         mean, logvar = self._model.posterior(h_BCthw)
-        return (torch.cat((mean, logvar), dim=1) if self._logvar else mean).movedim(1, -1)
+        return (torch.cat((mean, logvar), dim=1) if self._settings.logvar else mean).movedim(1, -1)
 
     def _decode(self, tokens: torch.Tensor, windows: Windows) -> torch.Tensor:
         stride = self._variant.stride_thw[0]
@@ -181,7 +208,7 @@ class VidTokTokenizer:
             z_BCthw = self._model.indices_to_latent(tokens)
         else:
             z_BCthw = tokens[..., : self._variant.channels].movedim(-1, 1)
-        part = PART_FRAMES // stride if self._variant.is_causal else None
+        part = self._part_frames // stride if self._part_frames else None
         parts = z_BCthw.to(self._dtype).split(windows.num_tokens(stride) // windows.count, dim=2)
         x_BCTHW = torch.cat([self._model.decode_latent(z, part)[:, :, -windows.frames :] for z in parts], dim=2)
         x_BTHWC = x_BCTHW[:, :, : windows.num_frames].movedim(1, -1).float()

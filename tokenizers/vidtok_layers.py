@@ -123,6 +123,9 @@ class TimeConv(nn.Module):
         apart = torch.empty(3, c_out, *kernel[1:], c_in)
         self.weight = nn.Parameter(apart.movedim(0, -1).movedim(-2, 1).movedim(-1, 2))
         self.bias = nn.Parameter(torch.empty(c_out))
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)  # as torch does for its own convolutions
+        bound = self.weight[0].numel() ** -0.5
+        nn.init.uniform_(self.bias, -bound, bound)
         self._padding: Padding = padding
 
     def forward(self, x_TBHWC: torch.Tensor, memory: Memory | None) -> torch.Tensor:
@@ -225,7 +228,7 @@ class TimeResample(nn.Module):
 
     def __init__(self, channels: int, padding: Padding) -> None:
         super().__init__()
-        self.mix_factor = nn.Parameter(torch.empty(1))
+        self.mix_factor = nn.Parameter(torch.tensor([2.0]))
         self.conv = named_for(padding, TimeConv(channels, channels, (3, 3, 3), padding))
         self._padding: Padding = padding
 

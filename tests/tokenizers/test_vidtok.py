@@ -1,5 +1,6 @@
 """Clips of any length become tokens and come back, frame for frame; what a variant does not take is refused."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,11 +22,11 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Load]:
     """load(name, ...): a variant of an eighth of the width."""
     monkeypatch.setattr(vidtok_model, "WIDTH", 16)
 
-    def tokenizer(name: str, dtype: str = "float32", *, logvar: bool = False) -> VidTokTokenizer:
+    def tokenizer(name: str, dtype: str = "float32", **settings: bool) -> VidTokTokenizer:
         path = tmp_path / f"vidtok_{name}.ckpt"
         if not path.exists():
             torch.save(filled(build(name)).state_dict(), path)
-        found = load_tokenizer(f"vidtok/{name}", weights=str(path), dtype=dtype, logvar=logvar)
+        found = load_tokenizer(f"vidtok/{name}", weights=str(path), dtype=dtype, **settings)
         assert isinstance(found, VidTokTokenizer)
         return found
 
@@ -119,6 +120,17 @@ def test_other_number_types_are_part_of_what_the_tokenizer_is(load: Load, dtype:
     assert other.decode(found, 5).shape == frames.shape
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # compilers have warnings of their own
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("name", ["kl_causal_488_4chn", "kl_causal_288_8chn_v1_1", "kl_noncausal_488_4chn"])
+def test_compiled_networks_give_the_same_latents(load: Load, name: str) -> None:
+    frames = clip(17, 16, 16).unsqueeze(0)
+    plain, compiled = load(name), load(name, compiled=True)
+    assert compiled.spec != plain.spec
+    torch.testing.assert_close(compiled.encode(frames), plain.encode(frames), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -131,6 +143,7 @@ def test_other_number_types_are_part_of_what_the_tokenizer_is(load: Load, dtype:
             "needs its weights: set weights to the path or URL of vidtok_fsq_causal",
         ),
         ({"name": "dct_fsq/488_262144", "logvar": True}, "dct_fsq has no variances: remove logvar"),
+        ({"name": "fake", "compiled": True}, "fake has no networks to compile: remove compiled"),
         (
             {"name": "vidtok/fsq_causal_488_4096", "weights": "x", "logvar": True},
             "makes codes, which have no variance: remove logvar",
