@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenmill.jobs.build import recipe_of
 from tokenmill.pipeline.cache import open_cache
+from tokenmill.pipeline.encode import USUAL_BATCH
 from tokenmill.tokenizers import vidtok_model
 from tokenmill.tokenizers.vidtok import build
 
+from ..pipeline.test_metrics import lpips_tensors
 from ..tokenizers.vidtok_kit import filled
 from .conftest import Command
 from .test_run import data_in
@@ -81,6 +84,38 @@ def test_a_job_makes_codes_and_latents_resumes_and_reconstructs(
     assert "codes differ, in 0 of" in done.out
     assert "largest error 0, mean 0" in done.out
     assert "PSNR" in done.out
+    torch.save({"state_dict": lpips_tensors()}, tmp_path / "lpips.ckpt")
+    done = tokenmill("verify", "cache", "--quality", "0", "--lpips", "lpips.ckpt")
+    assert done.code == 0, done.err
+    assert "LPIPS" in done.out
+    done = tokenmill("verify", "cache", "--quality", "0", "--lpips", weights("fsq_causal_488_262144"))
+    assert done.code == 1
+    assert "for LPIPS: give a checkpoint of VidTok" in done.err
+
+
+def test_a_batch_size_is_chosen_once_and_kept(tokenmill: Command, write_recipe: WriteRecipe, footage: Path) -> None:
+    recipe = write_recipe([footage / "carphone_pristine.mp4"], tokens={"fake": {"tokenizer": "fake"}})
+    assert tokenmill("run", recipe, "--set", "tokens.fake.batch_size=3").code == 0
+    done = tokenmill("run", recipe, "--set", "tokens.fake.batch_size=auto")
+    assert (done.code, "clips=0 shards=0" in done.err) == (0, True)
+    assert recipe_of(open_cache("cache").info).tokens["fake"].batch_size == 3
+    done = tokenmill("run", recipe, "--set", "tokens.fake.batch_size=auto", "--set", "cache=other")
+    assert done.code == 0
+    assert recipe_of(open_cache("other").info).tokens["fake"].batch_size == USUAL_BATCH
+
+
+def test_settings_that_a_tokenizer_does_not_take_are_refused(
+    tokenmill: Command, write_recipe: WriteRecipe, footage: Path
+) -> None:
+    recipe = write_recipe([footage])
+    for change, message in {
+        "stored_dtype=float16": "fake makes codes, whose number type is given: remove stored_dtype",
+        "logvar=true": "fake has no variances: remove logvar",
+        "batch_size=automatic": "batch_size",
+    }.items():
+        done = tokenmill("run", recipe, "--set", f"tokens.fake.{change}")
+        assert done.code == 2
+        assert message in done.err
 
 
 @pytest.mark.ray
