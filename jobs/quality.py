@@ -8,13 +8,13 @@ import numpy as np
 
 from ..pipeline.cache import TokenCache
 from ..pipeline.decoders import decode_ahead
-from ..pipeline.metrics import LPIPS_PREFIX, Lpips, mean_psnr, mean_ssim
+from ..pipeline.metrics import LPIPS_PREFIX, LPIPS_SIDE, SSIM_WINDOW, Lpips, mean_psnr, mean_ssim
 from ..pipeline.shard import batches
-from ..schemas.errors import TokenizerError
+from ..schemas.errors import CacheError, TokenizerError
 from ..tokenizers.weights import fetch_weights, read_tensors
 from .build import build_worker, recipe_of
 from .printing import new_table, output_console
-from .reconstruct import decode_tokens
+from .reconstruct import check_tokenizer, decode_tokens
 from .retokenize import sample_clips
 
 
@@ -32,6 +32,11 @@ def measure_quality(cache: TokenCache, fraction: float, lpips: str | None) -> li
     return the problems. `lpips` is the path or URL of a checkpoint that has the networks of LPIPS.
     """
     distance = read_lpips(lpips) if lpips else None
+    sides, least = cache.info.recipe["clips"], LPIPS_SIDE if lpips else SSIM_WINDOW
+    if min(sides["height"], sides["width"]) < least:
+        raise CacheError(
+            f"{cache.folder.url}: frames of {least}x{least} or more can be compared, its clips are smaller"
+        )
     qualities = {product: Quality() for product in cache.token_products}
     problems = list(_measured(cache, qualities, fraction, distance))
     figures = ("clips", "PSNR dB", "SSIM", *(["LPIPS"] if distance else []))
@@ -61,6 +66,8 @@ def _measured(
     """Fill in the figures of every product; yields a line for every problem."""
     worker = build_worker(recipe_of(cache.info), cache.folder.url)
     try:
+        for product in qualities:
+            check_tokenizer(cache, product, worker.encoders[product])
         clips = sample_clips(cache, list(qualities), fraction)
         if not clips:
             yield "no clip could be compared: there is none with all its tokens in Parquet"

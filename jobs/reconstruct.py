@@ -1,5 +1,8 @@
 """tokenmill reconstruct: what a clip's tokens look like, beside its source."""
 
+import json
+from dataclasses import asdict
+
 import numpy as np
 import torch
 
@@ -22,6 +25,7 @@ def reconstruct_clip(
     full_id = opened.clip_id(clip_id)
     name = choose_product(opened, product)
     encoder = build_encoder(recipe_of(opened.info), name.removeprefix("tokens/"))
+    check_tokenizer(opened, name, encoder)
     decoded_THWC = decode_tokens(opened, name, full_id, encoder)
     clip, source_THWC = source_of(opened, full_id)
     num_valid = len(decoded_THWC)
@@ -44,6 +48,17 @@ def choose_product(cache: TokenCache, wanted: str | None) -> str:
     if len(products) != 1:
         raise CacheError(f"{cache.folder.url}: give --product, one of {', '.join(products)}")
     return products[0]
+
+
+def check_tokenizer(cache: TokenCache, product: str, encoder: BatchEncoder) -> None:
+    """CacheError unless this is the tokenizer, with the weights, that made the product's current version."""
+    made, here = cache.info.products[product].tokenizer or {}, json.loads(json.dumps(asdict(encoder.tokenizer.spec)))
+    others = [f"{key} {made.get(key)} there, {value} here" for key, value in here.items() if made.get(key) != value]
+    if others:
+        raise CacheError(
+            f"{cache.folder.url}: {product} was made by another tokenizer than is here ({'; '.join(others)}):"
+            f" put its weights back, or run the recipe again"
+        )
 
 
 def decode_tokens(cache: TokenCache, product: str, clip_id: str, encoder: BatchEncoder) -> np.ndarray:

@@ -17,9 +17,9 @@ from ..schemas.clip import Clip, FrameBatch
 from ..tokenizers.base import VideoTokenizer
 from .build import build_worker, recipe_of
 
+SMALL_MARGIN = 1e-4  # a code that was so near to another one may become it when sums are taken in another order
 # Of the largest stored value. The machine that made them makes the same bits again; others sum in another order, about
 # 3e-6 in float32, and what is stored in 16 bits may then round to its neighbour.
-SMALL_MARGIN = 1e-4  # a code that was so near to another one may become it when sums are taken in another order
 TOLERANCES = {"float32": 1e-4, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
@@ -47,12 +47,13 @@ class Comparison:
     ) -> None:
         """Count the differences of a batch of clips, tokens (N,t,h,w) or (N,t,h,w,d); `margins` are those of codes."""
         errors_Nv = (stored_N.double() - made_N.double()).abs().flatten(1)
-        others_N = (errors_Nv > 0).any(dim=1).tolist()
+        differs_Nv = ~(errors_Nv == 0)  # what is not a number differs too
+        others_N = differs_Nv.any(dim=1).tolist()
         self.num_clips += len(clip_ids)
         self.num_values += errors_Nv.numel()
-        self.num_other_values += int((errors_Nv > 0).sum())
+        self.num_other_values += int(differs_Nv.sum())
         if self.dtype is None and any(others_N) and (margins_N := margins()) is not None:
-            self.num_near_values += int(((margins_N.cpu().flatten(1) < SMALL_MARGIN) & (errors_Nv > 0)).sum())
+            self.num_near_values += int(((margins_N.cpu().flatten(1) < SMALL_MARGIN) & differs_Nv).sum())
         self.other_clip_ids += [clip_id for clip_id, is_other in zip(clip_ids, others_N, strict=True) if is_other]
         self.largest_error = max(self.largest_error, errors_Nv.max().item())
         self.sum_errors += errors_Nv.sum().item()
@@ -63,7 +64,7 @@ class Comparison:
         """Whether codes are the same where they are certain, and latents within the tolerance."""
         if self.dtype is None:
             return self.num_other_values == self.num_near_values
-        return self.largest_error <= TOLERANCES[self.dtype] * self.largest_value
+        return not math.isnan(self.sum_errors) and self.largest_error <= TOLERANCES[self.dtype] * self.largest_value
 
     def figures(self) -> str:
         """What was found, in one line."""
@@ -108,7 +109,7 @@ def _compared(cache: TokenCache, worker: Worker, fraction: float) -> Iterator[st
             batch = FrameBatch.stack(made)
             for product, tokens in tokenize(batch, products, worker).items():
                 margins = partial(_margins_of, batch, worker.encoders[product].tokenizer)
-                comparisons[product].add(clip_ids, cache.read(product, clip_ids), tokens.cpu(), margins)
+                comparisons[product].add(clip_ids, cache.read(product, clip_ids), tokens.wait(), margins)
     for comparison in comparisons.values():
         if not comparison.num_clips:
             continue

@@ -54,7 +54,9 @@ def verify_cache(
         print("no clip was made again: mend the files first")
     elif retokenize is not None:
         problems += retokenize_sample(opened, retokenize)
-    if quality is not None and not problems:
+    if quality is not None and problems:
+        print("no tokens were decoded: mend the problems first")
+    elif quality is not None:
         problems += measure_quality(opened, quality, lpips)
     for problem in problems:
         print(f"problem: {problem}")

@@ -54,7 +54,7 @@ def publish_shard(
                 clips_per_video=dict(sorted(Counter(row["video_id"] for row in rows.clips).items())),
                 host=socket.gethostname(),
                 timings_s={**timings_s, "write": round(time.perf_counter() - start_s, 3)},
-                batch_splits=sum(encoder.take_splits() for encoder in worker.encoders_for([product]).values()),
+                batch_splits=rows.num_splits(product),
             )
 
 

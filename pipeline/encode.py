@@ -1,13 +1,14 @@
 """Tokenizing on a fixed batch shape, so that tokens do not depend on how many clips came together."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ..schemas.clip import FrameBatch, Sampling
-from ..tokenizers.base import VideoTokenizer
+from ..schemas.errors import TokenizerError
+from ..tokenizers.base import NO_CODE, VideoTokenizer
 from .token_file import TokenLayout
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ class BatchEncoder:
     batch_size: int
     sampling: Sampling
     stored_dtype: str | None = None
-    _splits: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def layout(self) -> TokenLayout:
@@ -39,21 +39,18 @@ class BatchEncoder:
         dtype = self.stored_dtype or spec.dtype
         return TokenLayout(dtype=dtype, shape=(*grid_thw, spec.latent_dim or 1), codebook_size=None)
 
-    def encode(self, batch: FrameBatch) -> torch.Tensor:
-        """The tokens of all clips of `batch`, in their order, where the tokenizer makes them."""
-        frames_BTHWC = torch.from_numpy(batch.frames_BTHWC)
+    def encode(self, batch: FrameBatch) -> "EncodedBatch":
+        """The tokens of all clips of `batch`, in their order."""
+        frames_BTHWC, splits = torch.from_numpy(batch.frames_BTHWC), []
         with torch.inference_mode():
-            tokens = torch.cat([self._encode(part, self.batch_size) for part in frames_BTHWC.split(self.batch_size)])
-        return tokens if self.tokenizer.spec.kind == "discrete" else tokens.to(getattr(torch, self.layout.dtype))
+            parts = [self._encode(part, self.batch_size, splits) for part in frames_BTHWC.split(self.batch_size)]
+            tokens = torch.cat(parts)
+            if self.tokenizer.spec.kind != "discrete":
+                tokens = tokens.to(getattr(torch, self.layout.dtype))
+        return EncodedBatch(tokens, num_splits=len(splits))
 
-    def take_splits(self) -> int:
-        """How many batches did not fit into memory and were encoded in halves, since the last call."""
-        number = len(self._splits)
-        self._splits.clear()
-        return number
-
-    def _encode(self, frames_BTHWC: torch.Tensor, shape: int) -> torch.Tensor:
-        """The tokens of up to `shape` clips, run as so many; in halves where memory is short of it."""
+    def _encode(self, frames_BTHWC: torch.Tensor, shape: int, splits: list[int]) -> torch.Tensor:
+        """The tokens of up to `shape` clips, run as so many, or in halves where memory is short: `splits` notes it."""
         num_clips = len(frames_BTHWC)
         filled = frames_BTHWC
         if num_clips < shape and self.tokenizer.is_batched:
@@ -65,8 +62,33 @@ class BatchEncoder:
             if not half:
                 raise
         log.warning("event=batch_split clips=%d", shape)
-        self._splits.append(shape)
-        return torch.cat([self._encode(part, half) for part in frames_BTHWC.split(half)])
+        splits.append(shape)
+        return torch.cat([self._encode(part, half, splits) for part in frames_BTHWC.split(half)])
+
+
+class EncodedBatch:
+    """Tokens on their way to this process's memory: a GPU may still be at work on them. `num_splits` counts model calls
+    that memory did not hold and that were made in halves.
+    """
+
+    def __init__(self, tokens: torch.Tensor, num_splits: int) -> None:
+        self.shape, self.num_splits = tuple(tokens.shape), num_splits
+        self._arrival = torch.cuda.Event() if tokens.is_cuda else None
+        self._tokens = tokens.to("cpu", non_blocking=True)
+        if self._arrival:
+            self._arrival.record(torch.cuda.current_stream(tokens.device))
+
+    def wait(self) -> torch.Tensor:
+        """The tokens, on the CPU; TokenizerError where the arithmetic has left the numbers."""
+        if self._arrival:
+            self._arrival.synchronize()
+        floating = self._tokens.is_floating_point()
+        if not (self._tokens.isfinite().all() if floating else (self._tokens != NO_CODE).all()):
+            raise TokenizerError(
+                "the networks gave values that are not finite: set dtype (and stored_dtype) to float32 or bfloat16,"
+                " whose range is wider than that of float16, or check the weights"
+            )
+        return self._tokens
 
 
 def largest_batch(tokenizer: VideoTokenizer, sampling: Sampling) -> int:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 HIGHEST_PSNR = 100.0  # of frames that are equal, where a mean is taken
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+LPIPS_SIDE = 16  # pixels that its five scales need
 LPIPS_PREFIX = "loss.perceptual_loss."  # where VidTok's checkpoints have these networks
 # The convolutions of VGG-16 whose outputs are compared, by slice: the last one of each, after its ReLU.
 VGG_SLICES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -57,7 +58,7 @@ class Lpips:
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        found = {name.removeprefix(LPIPS_PREFIX): value for name, value in tensors.items()}
+        found = {name.removeprefix(LPIPS_PREFIX): value.float() for name, value in tensors.items()}
         self._slices = [
             [(found[f"net.slice{i}.{n}.weight"], found[f"net.slice{i}.{n}.bias"]) for n in numbers]
             for i, numbers in enumerate(VGG_SLICES, start=1)

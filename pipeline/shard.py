@@ -5,12 +5,11 @@ import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
-import torch
-
 from ..schemas.clip import ClipFailure, ClipFrames, FrameBatch
 from ..schemas.shard import ShardProgress, ShardReceipt, ShardTask
 from .commit import commit_shard
 from .decoders import decode_ahead
+from .encode import EncodedBatch
 from .retries import retry_counts
 from .store import ShardRows
 from .worker import Worker
@@ -32,7 +31,7 @@ def process_shard(task: ShardTask, worker: Worker) -> Generator[ShardProgress | 
                 shard_id=shard_id,
                 num_clips=len(clips),
                 num_frames=sum(one.clip.num_valid for one in clips),
-                num_tokens=sum(len(values) * math.prod(values.shape[1:4]) for values in tokens.values()),
+                num_tokens=sum(math.prod(batch.shape[:4]) for batch in tokens.values()),
                 failures=tuple(failures),
                 timings_s=clock.take(),
                 queue_bytes=decoded.waiting_bytes,
@@ -60,7 +59,7 @@ def batches(
         yield batch, failures
 
 
-def tokenize(batch: FrameBatch, products: Sequence[str], worker: Worker) -> dict[str, torch.Tensor]:
+def tokenize(batch: FrameBatch, products: Sequence[str], worker: Worker) -> dict[str, EncodedBatch]:
     """The tokens that making `products` takes, all from the same frames."""
     return {product: encoder.encode(batch) for product, encoder in worker.encoders_for(products).items()}
 

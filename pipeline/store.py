@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import torch
 
 from ..schemas.clip import ClipFailure, ClipFrames
-from ..schemas.shard import VideoText
+from ..schemas.shard import WEBDATASET, VideoText
 from ..schemas.tables import CLIP_SCHEMA, with_format
-from .encode import BatchEncoder
+from .encode import BatchEncoder, EncodedBatch
 from .token_file import FINGERPRINT, write_token_file
 from .webdataset_output import Sample, TarProduct, write_tar
 
@@ -26,10 +26,10 @@ class ShardRows:
     """What a shard has made so far: decoded clips without their frames, tokens by product, failures."""
 
     clips: list[dict] = field(default_factory=list)
-    tokens: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+    tokens: dict[str, list[EncodedBatch]] = field(default_factory=dict)
     failures: list[ClipFailure] = field(default_factory=list)
 
-    def add(self, decoded: Sequence[ClipFrames], tokens: Mapping[str, torch.Tensor]) -> None:
+    def add(self, decoded: Sequence[ClipFrames], tokens: Mapping[str, EncodedBatch]) -> None:
         """Append a batch: the clips, and for each product their tokens in the same order.
 
         A GPU may still be at work on them: they are waited for when the next batch is on its way.
@@ -49,7 +49,8 @@ class ShardRows:
             )
         for product, values in tokens.items():
             held = self.tokens.setdefault(product, [])
-            held[-1:] = [last.cpu() for last in held[-1:]]
+            for last in held[-1:]:
+                last.wait()
             held.append(values)
 
     @property
@@ -63,7 +64,12 @@ class ShardRows:
 
     def sorted_tokens(self, product: str) -> np.ndarray:
         """Codes (N,...) or the bits of latents (N,...) of all clips, as files have them."""
-        return np.concatenate([bits_of(values.cpu()) for values in self.tokens[product]])[self.order]
+        return np.concatenate([bits_of(batch.wait()) for batch in self.tokens[product]])[self.order]
+
+    def num_splits(self, product: str) -> int:
+        """How many model calls for a product were made in halves; tars hold the tokens of every product."""
+        chosen = self.tokens.values() if product == WEBDATASET else [self.tokens.get(product, [])]
+        return sum(batch.num_splits for batches in chosen for batch in batches)
 
 
 def bits_of(tokens: torch.Tensor) -> np.ndarray:

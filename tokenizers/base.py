@@ -8,6 +8,8 @@ import torch
 from ..schemas.errors import TokenizerError
 from ..schemas.tokens import TokenizerSpec
 
+NO_CODE = -1  # in place of the code of a latent that is not a number: such tokens are never stored
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -84,6 +86,23 @@ def check_frames(frames_BTHWC: torch.Tensor, name: str) -> None:
         )
 
 
+def check_latents(tokens: torch.Tensor, latent_dim: int, name: str) -> None:
+    """TokenizerError unless these are latents (B,t,h,w,d) of that dimension."""
+    if not tokens.is_floating_point() or tokens.ndim != 5 or tokens.shape[4] != latent_dim or 0 in tokens.shape[1:]:
+        raise TokenizerError(
+            f"{name} decodes latents of shape (B,t,h,w,{latent_dim}), found {tokens.dtype} of shape"
+            f" {tuple(tokens.shape)}: pass them as encode returns them"
+        )
+
+
+def check_length(num_frames: int | None, found: int, name: str) -> None:
+    """TokenizerError unless clips of `num_frames`, where that is given, have tokens as `found` frames have."""
+    if num_frames not in (None, found):
+        raise TokenizerError(
+            f"{name}: these are the tokens of {found} frames, found num_frames={num_frames}: remove it"
+        )
+
+
 def check_codes(tokens: torch.Tensor, codebook_size: int, name: str) -> None:
     """TokenizerError unless these are integer codes (B,t,h,w) of a codebook of this size."""
     integer = not (tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool)
@@ -92,9 +111,10 @@ def check_codes(tokens: torch.Tensor, codebook_size: int, name: str) -> None:
             f"{name} decodes integer codes of shape (B,t,h,w), found {tokens.dtype} of shape {tuple(tokens.shape)}:"
             f" pass them as encode returns them"
         )
-    if tokens.numel() and not 0 <= tokens.min() <= tokens.max() < codebook_size:
+    low, high = (int(bound) for bound in tokens.long().aminmax()) if tokens.numel() else (0, 0)
+    if not 0 <= low <= high < codebook_size:
         raise TokenizerError(
-            f"{name} decodes codes from 0 to {codebook_size - 1}, found {int(tokens.min())} to {int(tokens.max())}:"
+            f"{name} decodes codes from 0 to {codebook_size - 1}, found {low} to {high}:"
             f" decode with the tokenizer that made them"
         )
 
@@ -120,6 +140,7 @@ class FakeTokenizer:
         return None
 
     def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
+        check_length(num_frames, 4 * tokens.shape[1], self.spec.name)
         for dim, stride in ((1, 4), (2, 8), (3, 8)):
             tokens = tokens.repeat_interleave(stride, dim=dim)
-        return tokens.to(torch.uint8).unsqueeze(-1).expand(*tokens.shape, 3)[:, :num_frames].contiguous()
+        return tokens.to(torch.uint8).unsqueeze(-1).expand(*tokens.shape, 3).contiguous()

@@ -15,7 +15,7 @@ import torch
 
 from ..schemas.errors import TokenizerError, did_you_mean
 from ..schemas.tokens import TokenizerSpec
-from .base import check_codes, check_frames, grid_of
+from .base import check_codes, check_frames, check_length, grid_of
 
 # The coefficients kept of a block, highest digit of the code first: the weights of (R,G,B), and the axis (0 time,
 # 1 rows, 2 columns) of the lowest cosine, or None for the mean. Y = R+2G+B, Co = R-B, Cg = -R+2G-B.
@@ -135,12 +135,13 @@ class DctFsq:
         TokenizerError for another shape or dtype, and for codes outside [0, codebook_size).
         """
         check_codes(tokens, self._codebook_size, self.spec.name)
+        check_length(num_frames, tokens.shape[1] * self.spec.stride_thw[0], self.spec.name)
         codes_Bthw = tokens.to(self._device, torch.int64)
         sizes = [g * stride for g, stride in zip(codes_Bthw.shape[1:], self.spec.stride_thw, strict=True)]
         frames_BTHWC = torch.empty((len(codes_Bthw), *sizes, 3), dtype=torch.uint8, device=self._device)
         for frames_THWC, codes_thw in zip(frames_BTHWC, codes_Bthw, strict=True):
             frames_THWC.copy_(self._decode_clip(codes_thw))
-        return frames_BTHWC[:, :num_frames]
+        return frames_BTHWC
 
     def _encode_clip(self, frames_THWC: torch.Tensor) -> torch.Tensor:
         f, s, _ = self.spec.stride_thw

@@ -9,7 +9,7 @@ import torch
 
 from ..schemas.errors import TokenizerError
 from ..schemas.tokens import TokenizerSpec
-from .base import Settings, check_codes, check_frames, check_multiple
+from .base import NO_CODE, Settings, check_codes, check_frames, check_latents, check_multiple
 from .vidtok_model import VidTok
 from .vidtok_variants import FSQ_LEVEL, NAMES, Variant, variant_of
 from .weights import check_tensors, fetch_weights, load_tensors, read_tensors
@@ -76,7 +76,7 @@ class VidTokTokenizer:
         self._settings, self._device = settings, torch.device(settings.device)
         self._dtype: torch.dtype = getattr(torch, settings.dtype)
         self._weights = fetch_weights(settings.weights)
-        self._read()
+        self._tensors = self._read()  # of the file that was just digested, whatever takes its place
         size = FSQ_LEVEL**variant.channels if variant.regularizer == "fsq" else None
         self.spec = TokenizerSpec(
             name=f"vidtok/{name}",
@@ -97,10 +97,12 @@ class VidTokTokenizer:
     def grid_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
         """The (t,h,w) grid of a clip of this size; TokenizerError unless the stride divides height and width."""
         f, s, _ = self.spec.stride_thw
+        check_multiple("num_frames", num_frames, 1, self.spec.name)
         check_multiple("height", height, s, self.spec.name)
         check_multiple("width", width, s, self.spec.name)
         return Windows.of(num_frames, self._variant).num_tokens(f), height // s, width // s
 
+    @torch.inference_mode()
     def encode(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
         """int32 codes (B,t,h,w), or latents (B,t,h,w,d): means, and after them logvars if these are wanted.
 
@@ -111,28 +113,20 @@ class VidTokTokenizer:
         at_once = len(frames_BTHWC) if self.is_batched else 1
         return torch.cat([self._encode(frames) for frames in frames_BTHWC.split(at_once)])
 
+    @torch.inference_mode()
     def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
         """uint8 RGB frames (B,T,H,W,3) of tokens as `encode` gives them, for clips of `num_frames`.
 
         None stands for the longest clips with such a grid. TokenizerError for tokens of another kind or length.
         """
-        variant = self._variant
         if self.spec.codebook_size:
             check_codes(tokens, self.spec.codebook_size, self.spec.name)
-        elif tokens.ndim != 5 or tokens.shape[4] != self.spec.latent_dim:
-            raise TokenizerError(
-                f"{self.spec.name} decodes latents of shape (B,t,h,w,{self.spec.latent_dim}), found"
-                f" {tuple(tokens.shape)}: pass them as encode returns them"
-            )
-        longest = Windows.most_of(tokens.shape[1], variant)
-        windows = Windows.of(num_frames or longest.num_frames, variant)
-        if windows.num_tokens(variant.stride_thw[0]) != tokens.shape[1]:
-            raise TokenizerError(
-                f"{self.spec.name}: clips of {num_frames} frames do not have {tokens.shape[1]} tokens in time:"
-                f" {longest.num_frames} frames have"
-            )
+        else:
+            check_latents(tokens, self.spec.latent_dim or 0, self.spec.name)
+        windows = self._windows_of(tokens.shape[1], num_frames)
         return torch.cat([self._decode(one, windows) for one in tokens.split(1)])
 
+    @torch.inference_mode()
     def margins(self, frames_BTHWC: torch.Tensor) -> torch.Tensor | None:
         """FSQ: how far (B,t,h,w) each latent is from another code, in steps between levels (see Fsq.margins)."""
         model = self._model
@@ -140,12 +134,32 @@ class VidTokTokenizer:
             return None
         return torch.cat([model.fsq.margins(self._latents(one).movedim(1, -1)) for one in frames_BTHWC.split(1)])
 
+    def _windows_of(self, num_tokens: int, num_frames: int | None) -> Windows:
+        """The windows of a clip with so many tokens in time; TokenizerError where clips of this length have others."""
+        stride = self.spec.stride_thw[0]
+        longest = Windows.most_of(num_tokens, self._variant)
+        if longest.num_tokens(stride) != num_tokens:
+            window = Windows.of(self._variant.window_frames, self._variant)
+            raise TokenizerError(
+                f"{self.spec.name}: no clip has {num_tokens} tokens in time: each window of {window.frames} frames has"
+                f" {window.num_tokens(stride)}"
+            )
+        windows = longest if num_frames is None else Windows.of(num_frames, self._variant)
+        if windows.num_tokens(stride) != num_tokens:
+            raise TokenizerError(
+                f"{self.spec.name}: clips of {num_frames} frames do not have {num_tokens} tokens in time:"
+                f" {longest.num_frames} frames have"
+            )
+        return windows
+
     @cached_property
+    @torch.inference_mode(False)  # its parameters serve calls in and outside of that mode
     def _model(self) -> VidTok:
         with torch.device("meta"):
             model = VidTok(self._variant)
-        model = model.to_empty(device="cpu").eval()
-        load_tensors(model, self._read())
+        model = model.to_empty(device="cpu").eval().requires_grad_(False)
+        load_tensors(model, self._tensors)
+        self._tensors = {}
         if self._device.type == "cuda":  # float32 means float32
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         model = model.to(self._device, self._dtype)
@@ -160,7 +174,9 @@ class VidTokTokenizer:
 
     def _on_device(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
         if self._device.type == "cpu":
-            return frames_BTHWC
+            return frames_BTHWC.cpu()
+        if frames_BTHWC.device.type != "cpu":
+            return frames_BTHWC.to(self._device)
         with torch.cuda.stream(self._copies):
             copied = frames_BTHWC.pin_memory().to(self._device, non_blocking=True)
         now = torch.cuda.current_stream(self._device)
@@ -178,7 +194,7 @@ class VidTokTokenizer:
 
     @property
     def _part_frames(self) -> int | None:
-        if not self._variant.is_causal or self._settings.compiled:  # what is compiled has no memory of earlier parts
+        if not self._variant.is_causal:
             return None
         return max(PART_FRAMES[self._device.type], self.spec.stride_thw[0])
 
@@ -189,15 +205,15 @@ class VidTokTokenizer:
         missing = windows.count * windows.frames - windows.num_frames
         if missing:
             x_BTHWC = torch.cat((x_BTHWC, x_BTHWC[:, -1:].expand(-1, missing, -1, -1, -1)), dim=1)
-        x_BTHWC = x_BTHWC.float().div_(255).sub_(0.5).div_(0.5).to(self._dtype)
         parts = x_BTHWC.movedim(-1, 1).split(windows.frames, dim=2)
-        part = self._part_frames
+        part = None if self._settings.compiled else self._part_frames  # what is compiled has no memory of earlier parts
         return torch.cat([self._model.encode_latent(x_BCTHW, part) for x_BCTHW in parts], dim=2)
 
     def _encode(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
         h_BCthw = self._latents(frames_BTHWC)
         if self._model.fsq:
-            return self._model.quantize(h_BCthw)[1]
+            codes_Bthw = self._model.quantize(h_BCthw)[1]
+            return codes_Bthw.masked_fill_(~h_BCthw.isfinite().all(dim=1), NO_CODE)
         mean, logvar = self._model.posterior(h_BCthw)
         return (torch.cat((mean, logvar), dim=1) if self._settings.logvar else mean).movedim(1, -1)
 
@@ -209,10 +225,16 @@ class VidTokTokenizer:
         else:
             z_BCthw = tokens[..., : self._variant.channels].movedim(-1, 1)
         part = self._part_frames // stride if self._part_frames else None
-        parts = z_BCthw.to(self._dtype).split(windows.num_tokens(stride) // windows.count, dim=2)
-        x_BCTHW = torch.cat([self._model.decode_latent(z, part)[:, :, -windows.frames :] for z in parts], dim=2)
-        x_BTHWC = x_BCTHW[:, :, : windows.num_frames].movedim(1, -1).float()
-        return x_BTHWC.clamp_(-1, 1).add_(1).mul_(127.5).to(torch.uint8)
+        frames: list[torch.Tensor] = []
+        for z in z_BCthw.split(windows.num_tokens(stride) // windows.count, dim=2):
+            window = torch.cat([_to_uint8(x_BCTHW) for x_BCTHW in self._model.decode_parts(z, part)], dim=1)
+            frames.append(window[:, -windows.frames :])
+        return torch.cat(frames, dim=1)[:, : windows.num_frames]
+
+
+def _to_uint8(x_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Frames (B,T,H,W,3), cut off below the grey level as the official scripts do."""
+    return x_BCTHW.movedim(1, -1).float().clamp(-1, 1).add_(1).mul_(127.5).to(torch.uint8)
 
 
 def _warn_of_another_name(variant: Variant, weights: str) -> None:

@@ -1,6 +1,6 @@
 """VidTok's networks: encoder, decoder, and the regulariser between them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -141,36 +141,47 @@ class VidTok(nn.Module):
         self.fsq = Fsq((FSQ_LEVEL,) * variant.channels) if variant.regularizer == "fsq" else None
 
     def encode_latent(self, x_BCTHW: torch.Tensor, part: int | None = None) -> torch.Tensor:
-        """Latents (B,C,t,h,w) of frames (B,3,T,H,W) in [-1,1], before they are regularised; spec section 4.
+        """Latents (B,C,t,h,w) of frames (B,3,T,H,W), before they are regularised; spec section 4.
 
-        `part` frames (a multiple of the time stride) are in work at a time, which bounds memory and changes no token;
-        causal variants alone can do so. Frames are put before the first as section 2 of the spec has it.
+        Frames are in [-1,1], or uint8. `part` of them (a multiple of the time stride) are in work at a time, which
+        bounds memory and changes no token; causal variants alone can do so. Frames are put before the first as in
+        section 2 of the spec. ValueError for sizes that the strides do not divide.
         """
+        stride, space, _ = self.variant.stride_thw
+        if not x_BCTHW.shape[2] or x_BCTHW.shape[3] % space or x_BCTHW.shape[4] % space:
+            raise ValueError(f"{self.variant.name} takes frames whose sides {space} divides: {tuple(x_BCTHW.shape)=}")
+        if part is not None and (part < 1 or part % stride):
+            raise ValueError(f"{self.variant.name} takes parts of a multiple of {stride} frames: {part=}")
         x_TBHWC = x_BCTHW.permute(2, 0, 3, 4, 1)
-        stride, num_frames = self.variant.stride_thw[0], len(x_TBHWC)
-        still = 0
-        if self.variant.is_causal and num_frames % stride:
-            copies = stride - num_frames % stride if self.variant.streams else stride - 1
+        still, missing = 0, -len(x_TBHWC) % stride
+        if self.variant.is_causal and missing:
+            copies = missing if self.variant.streams else stride - 1
             if self.variant.streams and copies == stride - 1:
                 still = 1  # copies of the first frame stay equal to it: it alone is computed
             else:
                 x_TBHWC = torch.cat((x_TBHWC[:1].expand(copies, *x_TBHWC.shape[1:]), x_TBHWC))
-        h_TBHWC = self._in_parts(self.encoder, x_TBHWC.contiguous(), part, still)
-        return h_TBHWC.permute(1, 4, 0, 2, 3)
+        parts = self._in_parts(self.encoder, x_TBHWC, part, still)
+        return torch.cat(list(parts)).permute(1, 4, 0, 2, 3)
 
     def decode_latent(self, z_BCTHW: torch.Tensor, part: int | None = None) -> torch.Tensor:
         """Frames (B,3,T,H,W), about [-1,1], of regularised latents: T as the official decode gives it, spec section 2.
 
         `part` latent frames are in work at a time, as for `encode_latent`.
         """
-        stride = self.variant.stride_thw[0]
-        z_TBHWC = z_BCTHW.permute(2, 0, 3, 4, 1).contiguous()
-        x_TBHWC = self._in_parts(self.decoder, z_TBHWC, part, still=1 if self.variant.streams else 0)
-        if self.variant.streams:
-            x_TBHWC = torch.cat((x_TBHWC[:1].expand(stride - 1, *x_TBHWC.shape[1:]), x_TBHWC))
-        elif self.variant.is_causal:
-            x_TBHWC = x_TBHWC[stride - 1 :]
-        return x_TBHWC.permute(1, 4, 0, 2, 3)
+        return torch.cat(list(self.decode_parts(z_BCTHW, part)), dim=2)
+
+    def decode_parts(self, z_BCTHW: torch.Tensor, part: int | None = None) -> Iterator[torch.Tensor]:
+        """The frames of `decode_latent`, some (B,3,n,H,W) after the other as they are made."""
+        if not z_BCTHW.shape[2] or (part is not None and part < 1):
+            raise ValueError(f"one latent frame or more, and parts of one or more: {tuple(z_BCTHW.shape)=} {part=}")
+        stride, streams = self.variant.stride_thw[0], self.variant.streams
+        num_dropped = stride - 1 if self.variant.is_causal and not streams else 0
+        z_TBHWC = z_BCTHW.permute(2, 0, 3, 4, 1)
+        for i, x_TBHWC in enumerate(self._in_parts(self.decoder, z_TBHWC, part, still=int(streams))):
+            if streams and not i:
+                x_TBHWC = torch.cat((x_TBHWC[:1].expand(stride - 1, *x_TBHWC.shape[1:]), x_TBHWC))
+            yield x_TBHWC[num_dropped:].permute(1, 4, 0, 2, 3)
+            num_dropped = max(0, num_dropped - len(x_TBHWC))
 
     def quantize(self, h_BCTHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """FSQ: the decoder's input (B,C,t,h,w) and int32 codes (B,t,h,w); spec section 6."""
@@ -193,15 +204,24 @@ class VidTok(nn.Module):
             raise TypeError(f"{self.variant.name} has no codes: use posterior")
         return self.fsq
 
-    def _in_parts(self, network: nn.Module, x_TBHWC: torch.Tensor, part: int | None, still: int) -> torch.Tensor:
+    def _in_parts(
+        self, network: nn.Module, x_TBHWC: torch.Tensor, part: int | None, still: int
+    ) -> Iterator[torch.Tensor]:
         """`network` of all frames, `part` at a time: the first part has the `still` besides, the last what is left."""
         if part is None or len(x_TBHWC) < 2 * part + still:
-            return network(x_TBHWC)
+            yield network(self._prepared(x_TBHWC))
+            return
         if not self.variant.is_causal:
             raise ValueError(f"{self.variant.name} sees later frames: it takes clips whole")
-        memory, outputs = Memory(), []
+        memory = Memory()
         starts = [0, *range(part + still, len(x_TBHWC) - part + 1, part)]
         for start, end in zip(starts, [*starts[1:], len(x_TBHWC)], strict=True):
             memory.is_last = end == len(x_TBHWC)
-            outputs.append(network(x_TBHWC[start:end], memory))
-        return torch.cat(outputs)
+            yield network(self._prepared(x_TBHWC[start:end]), memory)
+
+    def _prepared(self, x_TBHWC: torch.Tensor) -> torch.Tensor:
+        """Values in the number type of the weights; uint8 frames as the official loaders normalise them."""
+        dtype = self.encoder.norm_out.norm.weight.dtype
+        if x_TBHWC.dtype == torch.uint8:
+            x_TBHWC = x_TBHWC.float().div_(255).sub_(0.5).div_(0.5)
+        return x_TBHWC.to(dtype).contiguous()

@@ -170,3 +170,20 @@ def test_latents_may_differ_by_what_an_order_of_sums_makes(error: float, is_clos
     largest = f"{abs(float(made[1, 0, 0, 0, 0]) - float(stored[1, 0, 0, 0, 0])):.3g}"
     assert f"largest error {largest}, mean " in comparison.figures()
     assert "tolerance 0.0001 of that" in comparison.figures()
+
+
+def test_latents_that_are_no_numbers_are_never_close() -> None:
+    comparison = Comparison(product="tokens/vae", dtype="float32")
+    comparison.add(["a"], torch.full((1, 1, 1, 1, 2), float("nan")), torch.zeros(1, 1, 1, 1, 2))
+    assert not comparison.is_close
+    assert comparison.other_clip_ids == ["a"]
+
+
+@pytest.mark.parametrize(("margin", "is_close"), [(1e-5, True), (1e-3, False)])
+def test_codes_may_differ_next_to_a_rounding_boundary_alone(margin: float, is_close: bool) -> None:
+    comparison = Comparison(product="tokens/fsq", dtype=None)
+    stored, made = torch.tensor([[[[1, 2, 3]]]]), torch.tensor([[[[1, 2, 4]]]])
+    comparison.add(["a"], stored, made, lambda: torch.tensor([[[[0.2, 0.3, margin]]]]))
+    assert comparison.is_close == is_close
+    near = " (1 next to a rounding boundary)" if is_close else ""
+    assert f"1 of 3 codes differ{near}, in 1 of 1 clips" in comparison.figures()

@@ -13,7 +13,7 @@ import torch
 from tokenmill.pipeline.commit import commit_manifests, commit_shard, publish_shard
 from tokenmill.pipeline.decode import FakeDecoder
 from tokenmill.pipeline.decoders import DirectDecoder
-from tokenmill.pipeline.encode import BatchEncoder
+from tokenmill.pipeline.encode import BatchEncoder, EncodedBatch
 from tokenmill.pipeline.manifests import committed_names, missing_products, read_manifests
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.store import ShardRows
@@ -67,7 +67,8 @@ def rows_of(worker: Worker, value: int = 0, num_clips: int = 5, at_once: int = 5
             ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, decoder="fake")
             for clip in chosen
         ]
-        rows.add(decoded, {p: torch.full((len(chosen), 1, 1, 2), value) for p in worker.encoders})
+        tokens = torch.full((len(chosen), 1, 1, 2), value)
+        rows.add(decoded, {p: EncodedBatch(tokens, num_splits=value % 2) for p in worker.encoders})
     return rows
 
 
@@ -221,3 +222,9 @@ def test_a_winner_that_cannot_be_read_keeps_the_files_of_the_loser(tmp_path: Pat
     with pytest.raises(CacheError, match="damaged manifest"):
         commit_manifests(worker.folder, manifests)
     assert data_files(worker.folder) == before
+
+
+def test_a_manifest_says_how_often_memory_was_short(tmp_path: Path) -> None:
+    worker = worker_for(str(tmp_path))
+    splits = [{m.product: m.batch_splits for m in published(worker, value, 0.1)} for value in (0, 1)]
+    assert splits == [dict.fromkeys(splits[0], 0), {p: int(p.startswith(("tokens", "webdataset"))) for p in splits[1]}]

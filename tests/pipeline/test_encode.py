@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from tokenmill.pipeline.encode import LARGEST_BATCH, BatchEncoder, largest_batch
+from tokenmill.pipeline.encode import LARGEST_BATCH, BatchEncoder, EncodedBatch, largest_batch
 from tokenmill.schemas.clip import Clip, FrameBatch, Sampling, Video
-from tokenmill.tokenizers.base import FakeTokenizer
+from tokenmill.schemas.errors import TokenizerError
+from tokenmill.tokenizers.base import NO_CODE, FakeTokenizer
 
 SAMPLING = Sampling(fps=None, num_frames=4, height=8, width=8, resize="squash/bilinear", tail="pad")
 
@@ -37,7 +38,7 @@ def batch_of(num_clips: int) -> FrameBatch:
 
 
 def codes_of(encoder: BatchEncoder, num_clips: int) -> list[int]:
-    return encoder.encode(batch_of(num_clips)).flatten().tolist()
+    return encoder.encode(batch_of(num_clips)).wait().flatten().tolist()
 
 
 def test_the_last_batch_is_filled_up_where_clips_are_computed_together() -> None:
@@ -47,7 +48,7 @@ def test_the_last_batch_is_filled_up_where_clips_are_computed_together() -> None
         encoder = BatchEncoder(tokenizer=tokenizer, batch_size=4, sampling=SAMPLING)
         assert codes_of(encoder, 6) == [0, 10, 20, 30, 40, 50]
         assert tokenizer.shapes == shapes
-        assert encoder.take_splits() == 0
+        assert encoder.encode(batch_of(6)).num_splits == 0
 
 
 def test_a_batch_that_memory_does_not_hold_is_encoded_in_halves_and_counted() -> None:
@@ -55,8 +56,7 @@ def test_a_batch_that_memory_does_not_hold_is_encoded_in_halves_and_counted() ->
     encoder = BatchEncoder(tokenizer=tokenizer, batch_size=8, sampling=SAMPLING)
     assert codes_of(encoder, 7) == [0, 10, 20, 30, 40, 50, 60]
     assert tokenizer.shapes == [8, 4, 2, 2, 4, 2, 2]  # halves are filled up to a shape too
-    assert encoder.take_splits() == 3
-    assert encoder.take_splits() == 0
+    assert encoder.encode(batch_of(7)).num_splits == 3
 
 
 def test_memory_for_no_clip_is_an_error() -> None:
@@ -68,3 +68,13 @@ def test_memory_for_no_clip_is_an_error() -> None:
 @pytest.mark.parametrize(("most", "size"), [(1, 1), (4, 2), (9, 4), (10_000, LARGEST_BATCH)])
 def test_the_largest_batch_leaves_half_of_the_memory_free(most: int, size: int) -> None:
     assert largest_batch(Short(most), SAMPLING) == size
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [torch.tensor([[1.0, float("nan")]]), torch.tensor([[float("inf")]]), torch.tensor([[3, NO_CODE]])],
+    ids=str,
+)
+def test_values_that_are_no_numbers_are_never_stored(tokens: torch.Tensor) -> None:
+    with pytest.raises(TokenizerError, match="not finite: set dtype"):
+        EncodedBatch(tokens, num_splits=0).wait()

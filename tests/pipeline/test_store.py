@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tokenmill.pipeline.encode import BatchEncoder
+from tokenmill.pipeline.encode import BatchEncoder, EncodedBatch
 from tokenmill.pipeline.store import ShardRows, bits_of, write_clips, write_shard_tar, write_tokens
 from tokenmill.pipeline.token_file import TokenFile
 from tokenmill.schemas.clip import Clip, ClipFrames, Sampling, Video
@@ -33,7 +33,10 @@ def rows() -> ShardRows:
     """Clips 3, 1 and 2, in two batches; the one token of each is its number."""
     rows = ShardRows()
     for batch in ([3, 1], [2]):
-        rows.add([decoded(n) for n in batch], {"tokens/fake": torch.tensor(batch).reshape(-1, 1, 1, 1)})
+        rows.add(
+            [decoded(n) for n in batch],
+            {"tokens/fake": EncodedBatch(torch.tensor(batch).reshape(-1, 1, 1, 1), num_splits=len(batch))},
+        )
     return rows
 
 

@@ -9,6 +9,7 @@ import torch
 
 from tokenmill.schemas.errors import TokenizerError
 from tokenmill.tokenizers import vidtok_model
+from tokenmill.tokenizers.base import NO_CODE
 from tokenmill.tokenizers.load import load_tokenizer
 from tokenmill.tokenizers.vidtok import VidTokTokenizer, build
 
@@ -30,7 +31,7 @@ def load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Load]:
         assert isinstance(found, VidTokTokenizer)
         return found
 
-    with torch.inference_mode():
+    with torch.no_grad():
         yield tokenizer
 
 
@@ -90,12 +91,41 @@ def test_a_streamed_clip_has_the_codes_of_the_whole(load: Load) -> None:
     assert (model.fsq.margins(h.movedim(1, -1))[others] < 1e-4).all()
 
 
+def test_calls_outside_of_inference_mode_keep_no_gradients(load: Load) -> None:
+    tokenizer, frames = load("kl_causal_488_4chn"), clip(5, 8, 8).unsqueeze(0)
+    with torch.inference_mode():
+        first = tokenizer.encode(frames)
+    with torch.enable_grad():
+        second = tokenizer.encode(frames)
+        assert tokenizer.decode(second, 5).shape == frames.shape
+    assert not second.requires_grad
+    assert torch.equal(first, second)
+
+
+def test_the_tokens_are_those_of_the_file_that_was_digested(load: Load, tmp_path: Path) -> None:
+    frames, name = clip(5, 8, 8).unsqueeze(0), "kl_causal_488_4chn"
+    wanted, tokenizer = load(name).encode(frames), load(name)
+    (tmp_path / "other").write_bytes(b"")
+    torch.save(build(name).state_dict(), tmp_path / "other")
+    (tmp_path / "other").replace(tmp_path / f"vidtok_{name}.ckpt")
+    assert torch.equal(tokenizer.encode(frames), wanted)
+
+
+def test_latents_that_are_no_numbers_have_no_code(load: Load) -> None:
+    tokenizer, frames = load("fsq_causal_488_4096"), clip(5, 8, 8).unsqueeze(0)
+    assert (tokenizer.encode(frames) >= 0).all()
+    tokenizer._model.encoder.get_parameter("conv_out.conv.bias")[1] = float("nan")
+    assert (tokenizer.encode(frames) == NO_CODE).all()
+
+
 def test_margins_are_those_of_the_latents(load: Load) -> None:
     tokenizer, frames = load("fsq_causal_488_4096"), clip(5, 8, 8).unsqueeze(0)
-    margins = tokenizer.margins(frames)
-    assert margins.shape == (1, 2, 1, 1)
-    assert (margins >= 0).all()
-    assert (margins <= 0.5).all()
+    model = filled(build("fsq_causal_488_4096"))
+    assert isinstance(model, vidtok_model.VidTok)
+    assert model.fsq is not None
+    wanted = model.fsq.margins(model.encode_latent(normalized(frames[0])).movedim(1, -1))
+    torch.testing.assert_close(tokenizer.margins(frames), wanted, atol=1e-5, rtol=0)
+    assert load("kl_causal_488_4chn").margins(frames) is None
 
 
 def test_latents_are_means_and_on_request_variances(load: Load) -> None:
@@ -104,6 +134,10 @@ def test_latents_are_means_and_on_request_variances(load: Load) -> None:
     latents, more = means.encode(frames), both.encode(frames)
     assert (means.spec.latent_dim, both.spec.latent_dim) == (4, 8)
     assert latents.shape == (1, 2, 1, 1, 4)
+    model = filled(build("kl_causal_488_4chn"))
+    assert isinstance(model, vidtok_model.VidTok)
+    wanted = torch.cat(model.posterior(model.encode_latent(normalized(frames[0]))), dim=1).movedim(1, -1)
+    torch.testing.assert_close(more, wanted, atol=1e-5, rtol=0)
     assert torch.equal(more[..., :4], latents)
     assert torch.equal(means.decode(latents, 5), both.decode(more, 5))
 
@@ -163,7 +197,18 @@ def test_clips_and_tokens_of_other_sizes_are_refused(load: Load) -> None:
         codes.encode(torch.zeros(1, 5, 8, 8, 3))
     with pytest.raises(TokenizerError, match="decodes codes from 0 to 4095, found 0 to 4096"):
         codes.decode(torch.tensor([[[[0, 4096]]]]))
-    with pytest.raises(TokenizerError, match=r"decodes latents of shape \(B,t,h,w,4\), found \(1, 2, 1, 1, 5\)"):
+    with pytest.raises(
+        TokenizerError, match=r"decodes latents of shape \(B,t,h,w,4\), found torch.float32 of shape \(1, 2, 1, 1, 5\)"
+    ):
         latents.decode(torch.zeros(1, 2, 1, 1, 5))
+    with pytest.raises(TokenizerError, match=r"decodes latents of shape \(B,t,h,w,4\), found torch.int64"):
+        latents.decode(torch.zeros(1, 2, 1, 1, 4, dtype=torch.int64))
+    with pytest.raises(TokenizerError, match="whose num_frames is a multiple of 1, found 0"):
+        codes.encode(torch.zeros(1, 0, 8, 8, 3, dtype=torch.uint8))
+    with pytest.raises(TokenizerError, match="no clip has 7 tokens in time: each window of 17 frames has 5"):
+        codes.decode(torch.zeros(1, 7, 1, 1, dtype=torch.int32))
+    with pytest.raises(TokenizerError, match="clips of 0 frames do not have 2 tokens"):
+        codes.decode(torch.zeros(1, 2, 1, 1, dtype=torch.int32), 0)
+    assert codes.decode(torch.zeros(1, 2, 1, 1, dtype=torch.uint16)).shape == (1, 5, 8, 8, 3)
     with pytest.raises(TokenizerError, match="clips of 9 frames do not have 2 tokens in time: 5 frames have"):
         codes.decode(torch.zeros(1, 2, 1, 1, dtype=torch.int32), 9)

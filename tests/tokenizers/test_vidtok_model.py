@@ -175,6 +175,18 @@ def test_clips_that_look_ahead_are_not_cut_into_parts() -> None:
         model.encode_latent(torch.zeros(1, 3, 16, 8, 8), 4)
 
 
+@pytest.mark.usefixtures("narrow")
+def test_sizes_and_parts_that_lose_frames_are_refused() -> None:
+    model = build("fsq_causal_488_4096")
+    with pytest.raises(ValueError, match="takes frames whose sides 8 divides"):
+        model.encode_latent(torch.zeros(1, 3, 5, 12, 8))
+    for part in (0, 3, 6):
+        with pytest.raises(ValueError, match="takes parts of a multiple of 4 frames"):
+            model.encode_latent(torch.zeros(1, 3, 17, 8, 8), part)
+    with pytest.raises(ValueError, match="one latent frame or more"):
+        model.decode_latent(torch.zeros(1, 4, 5, 1, 1), 0)
+
+
 def test_what_a_variant_does_not_have_is_refused() -> None:
     with torch.device("meta"):
         codes, latents = VidTok(variant_of("fsq_causal_488_4096")), VidTok(variant_of("kl_causal_488_4chn"))

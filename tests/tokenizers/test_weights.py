@@ -100,13 +100,15 @@ def test_other_tensors_are_refused_with_the_first_differences(state: State, save
         state.pop(key)
     state["extra"] = torch.zeros(1)
     state["encoder.mid.block_1.norm1.norm.weight"] = torch.zeros(3)
+    state["decoder.conv_in.conv.bias"] = torch.zeros(64, dtype=torch.int8)
     with pytest.raises(TokenizerError) as refused:
         codes_by(saved(state))
     said = str(refused.value)
     assert f"they are not those of vidtok/{NAME}" in said
     assert "2 missing (encoder.conv_in.conv.bias, decoder.conv_out.conv.bias)" in said
     assert "1 not known (extra)" in said
-    assert "1 of another shape (encoder.mid.block_1.norm1.norm.weight is (3,), not (64,))" in said
+    assert "2 of another shape (encoder.mid.block_1.norm1.norm.weight is (3,), not (64,)" in said
+    assert "decoder.conv_in.conv.bias is no numbers, not (64,)" in said
     assert "name the variant that the file holds" in said
 
 
