@@ -1,0 +1,78 @@
+"""Parameters that are a pure function of their names and shapes, and clips of shapes that move: what the golden values
+of tests/golden/trajtok were made from.
+"""
+
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "trajtok"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def parameter(key: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The value of one tensor of the state dict."""
+    leaf = key.rpartition(".")[2]
+    if key.endswith("rotary_emb.freqs"):
+        n = shape[0]
+        return torch.from_numpy((10_000.0 ** (-np.arange(n) * 2.0 / (2.0 * n))).astype(np.float32))
+    z = np.random.Generator(np.random.Philox(key=zlib.crc32(key.encode()))).standard_normal(shape)
+    if leaf == "log_scale":
+        z = math.log(16.0) + 0.1 * z
+    elif leaf == "gamma":
+        z = 0.25 + 0.05 * z
+    elif leaf == "position_embeddings":
+        z = 0.02 * z
+    elif leaf in ("latents", "cls_token"):
+        pass
+    elif len(shape) <= 1:
+        z = 1.0 + 0.1 * z if leaf == "weight" else 0.05 * z
+    else:
+        z = z / math.sqrt(math.prod(shape[1:]))
+    return torch.from_numpy(np.asarray(z, dtype=np.float32))
+
+
+def filled(model: nn.Module, prefix: str) -> nn.Module:
+    """`model` with those values, for keys behind `prefix`."""
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            value.copy_(parameter(prefix + key, tuple(value.shape)))
+    return model
+
+
+def clip(num_frames: int, side: int, seed: int, num_objects: int = 5) -> torch.Tensor:
+    """uint8 frames (T,H,W,3): textured shapes that move over a textured background."""
+    random = np.random.Generator(np.random.Philox(key=1000 + seed))
+    y, x = np.mgrid[0:side, 0:side].astype(np.float64)
+    waves = random.uniform(0.5, 2.0, 2) * 2 * np.pi / side
+    colour = random.uniform(60, 160, 3)
+    objects = [
+        (
+            int(random.integers(0, 2)),
+            random.uniform(0.2, 0.8, 2) * side,
+            random.uniform(-0.03, 0.03, 2) * side,
+            random.uniform(0.08, 0.2) * side,
+            random.uniform(20, 235, 3),
+            random.uniform(4, 12),
+            random.uniform(8, 25),
+        )
+        for _ in range(num_objects)
+    ]
+    frames = np.zeros((num_frames, side, side, 3))
+    for t in range(num_frames):
+        frames[t] = colour + (18 * np.sin(waves[0] * (x + 2 * t)) + 18 * np.cos(waves[1] * (y - t)))[..., None]
+        for kind, centre, speed, radius, own, frequency, height in objects:
+            dy, dx = y - (centre[0] + speed[0] * t), x - (centre[1] + speed[1] * t)
+            inside = np.maximum(abs(dy), abs(dx)) <= radius if kind else dy * dy + dx * dx <= radius**2
+            texture = height * np.sin(2 * np.pi * frequency * (dx + dy) / side)
+            frames[t][inside] = (own + texture[..., None])[inside]
+    return torch.from_numpy(np.clip(np.rint(frames), 0, 255).astype(np.uint8))
+
+
+def normalized(frames_THWC: torch.Tensor) -> torch.Tensor:
+    """float32 (1,T,H,W,3) by the mean and deviation of ImageNet."""
+    return ((frames_THWC.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)).unsqueeze(0)
