@@ -44,8 +44,13 @@ def filled(model: nn.Module, prefix: str) -> nn.Module:
     return model
 
 
-def clip(num_frames: int, side: int, seed: int, num_objects: int = 5) -> torch.Tensor:
-    """uint8 frames (T,H,W,3): textured shapes that move over a textured background."""
+def clip(num_frames: int, side: int, seed: int) -> torch.Tensor:
+    """uint8 frames (T,H,W,3): five textured shapes that move over a textured background."""
+    return clip_with_ids(num_frames, side, seed, 5)[0]
+
+
+def clip_with_ids(num_frames: int, side: int, seed: int, num_objects: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with any number of shapes, and which of them (from 1) each pixel (T,H,W) shows; 0 is the background."""
     random = np.random.Generator(np.random.Philox(key=1000 + seed))
     y, x = np.mgrid[0:side, 0:side].astype(np.float64)
     waves = random.uniform(0.5, 2.0, 2) * 2 * np.pi / side
@@ -63,14 +68,16 @@ def clip(num_frames: int, side: int, seed: int, num_objects: int = 5) -> torch.T
         for _ in range(num_objects)
     ]
     frames = np.zeros((num_frames, side, side, 3))
+    ids = np.zeros((num_frames, side, side), np.uint8)
     for t in range(num_frames):
         frames[t] = colour + (18 * np.sin(waves[0] * (x + 2 * t)) + 18 * np.cos(waves[1] * (y - t)))[..., None]
-        for kind, centre, speed, radius, own, frequency, height in objects:
+        for number, (kind, centre, speed, radius, own, frequency, height) in enumerate(objects, start=1):
             dy, dx = y - (centre[0] + speed[0] * t), x - (centre[1] + speed[1] * t)
             inside = np.maximum(abs(dy), abs(dx)) <= radius if kind else dy * dy + dx * dx <= radius**2
             texture = height * np.sin(2 * np.pi * frequency * (dx + dy) / side)
             frames[t][inside] = (own + texture[..., None])[inside]
-    return torch.from_numpy(np.clip(np.rint(frames), 0, 255).astype(np.uint8))
+            ids[t][inside] = number
+    return torch.from_numpy(np.clip(np.rint(frames), 0, 255).astype(np.uint8)), torch.from_numpy(ids)
 
 
 def normalized(frames_THWC: torch.Tensor) -> torch.Tensor:
