@@ -40,6 +40,16 @@ def build_worker(recipe: Recipe, cache: str | None = None, *, commits: bool = Tr
     )
 
 
+def build_driver_worker(recipe: Recipe) -> Worker:
+    """The worker of the process that runs the job. Where Ray's workers make the shards it stands for the products and
+    their fingerprints alone, and needs no GPU.
+    """
+    if recipe.executor.kind == "local":
+        return build_worker(recipe)
+    tokens = {name: section.model_copy(update={"device": "cpu"}) for name, section in recipe.tokens.items()}
+    return build_worker(recipe.model_copy(update={"tokens": tokens}))
+
+
 def build_frame_decoder(recipe: Recipe) -> VideoDecoder:
     """What turns the bytes of a video into frames."""
     return VideoDecoder(recipe.clips.sampling, recipe.decode.decoder)

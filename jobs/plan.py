@@ -26,7 +26,7 @@ from ..schemas.cache_info import CACHE_INFO, CacheInfo, recipe_from_json, recipe
 from ..schemas.errors import CacheError
 from ..schemas.recipe import Recipe
 from ..schemas.shard import CLIPS, SHORT_DIGEST
-from .build import build_probers, build_worker, cache_info, settled
+from .build import build_driver_worker, build_probers, cache_info, settled
 from .display import Display, tracked
 
 SHOWN_VIDEOS = 20
@@ -35,7 +35,7 @@ SHOWN_VIDEOS = 20
 def plan_recipe(recipe: Recipe, display: Display) -> None:
     """Make the recipe's cache know its clips and shards, and say what they are."""
     recipe = settled(recipe)
-    worker = build_worker(recipe)
+    worker = build_driver_worker(recipe)
     for plan in plan_cache(recipe, worker, display):
         uri = worker.folder.uri(plan.name)
         display.event("planned", file=uri, clips=plan.num_clips, shards=len(plan.shards()))

@@ -13,7 +13,7 @@ from ..pipeline.worker import Worker
 from ..schemas.cache_info import CacheInfo
 from ..schemas.errors import CacheError
 from ..schemas.recipe import Recipe, parse_recipe
-from .build import build_worker, check_executor, recipe_of, settled
+from .build import build_driver_worker, check_executor, recipe_of, settled
 from .display import Display
 from .plan import plan_cache, unreadable_videos
 from .recipes import override
@@ -29,7 +29,7 @@ def retry_cache(cache: str, overrides: list[str], display: Display) -> Status | 
     recipe, info = _recipe_of(cache, overrides)
     check_executor(recipe)
     recipe = settled(recipe)
-    worker = build_worker(recipe)
+    worker = build_driver_worker(recipe)
     _refuse_other_versions(worker, info)
     retries = plan_retries(worker.folder, recipe, worker.fingerprints)
     plans = plans_of(worker.folder)

@@ -16,7 +16,7 @@ from ..pipeline.work import MissingWork, missing_work
 from ..pipeline.worker import Worker
 from ..schemas.recipe import Recipe
 from ..schemas.shard import WEBDATASET, ShardProgress, ShardReceipt, ShardTask, WorkerLost
-from .build import build_executor, build_worker, check_executor, settled
+from .build import build_driver_worker, build_executor, build_worker, check_executor, settled
 from .display import Display, Meter
 from .interruption import draining, raise_if_interrupted
 from .plan import plan_cache
@@ -30,7 +30,7 @@ def run_recipe(recipe: Recipe, display: Display) -> Status:
     """
     check_executor(recipe)
     recipe = settled(recipe)
-    worker = build_worker(recipe)
+    worker = build_driver_worker(recipe)
     plan_cache(recipe, worker, display)
     return make_missing(recipe, worker, display)
 

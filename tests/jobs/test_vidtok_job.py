@@ -112,6 +112,17 @@ def test_a_batch_size_is_chosen_once_and_kept(tokenmill: Command, write_recipe: 
     assert recipe_of(open_cache("other").info).tokens["fake"].batch_size == USUAL_BATCH
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+def test_a_driver_of_ray_workers_needs_no_gpu(tokenmill: Command, write_recipe: WriteRecipe, footage: Path) -> None:
+    recipe = write_recipe([footage / "carphone_pristine.mp4"], tokens={"dct": {"tokenizer": "dct_fsq/488_262144"}})
+    options = ("--set", "tokens.dct.device=cuda", "--set", "clips.num_frames=8")
+    done = tokenmill("plan", recipe, *options)
+    assert (done.code, "torch finds 0 GPUs here" in done.err) == (2, True)
+    done = tokenmill("plan", recipe, *options, "--set", "executor.kind=ray")
+    assert done.code == 0, done.err
+    assert recipe_of(open_cache("cache").info).tokens["dct"].device == "cuda"
+
+
 def test_settings_that_a_tokenizer_does_not_take_are_refused(
     tokenmill: Command, write_recipe: WriteRecipe, footage: Path
 ) -> None:
