@@ -1,8 +1,23 @@
 """TrajTok (arXiv:2602.22779), one token per object trajectory: its networks, with the official keys."""
 
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ..schemas.errors import TokenizerError
 from .trajtok_layers import Rope3dPerceiver
 from .trajtok_model import Segmenter, Sizes
-from .trajtok_towers import SegmentVit, TextEncoder
+from .trajtok_towers import TEXT_LAYERS, SegmentClip, SegmentVit, TextEncoder
+from .weights import WeightsFile, check_tensors, fetch_weights, load_tensors, read_tensors
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Of the checkpoint of a segmenter, what it was trained with; of that of a whole model, what it does not use.
+BESIDE_SEGMENTER = ("text_encoder.", "vision_proj.", "text_proj.", "temp", "itm_head.")
+BESIDE_CLIP = ("itm_head.", "text_encoder.embeddings.position_ids")
 
 
 def build_segmenter(sizes: Sizes | None = None) -> Segmenter:
@@ -23,3 +38,81 @@ def build_text_encoder() -> TextEncoder:
 def build_rope3d_perceiver(dim: int, depth: int = 2) -> Rope3dPerceiver:
     """The perceiver that connects slots to other patch features, `dim` channels of both; random weights."""
     return Rope3dPerceiver(dim, depth).eval()
+
+
+def load_segmenter(weights: str, grid: int = 56) -> Segmenter:
+    """The segmenter of a published segmenter checkpoint, by path or URL; TokenizerError unless every tensor fits.
+
+    Widths follow from the tensors, except `grid`, the patches to a side of a frame.
+    """
+    file = fetch_weights(weights)
+    tensors = {name: value for name, value in read_tensors(file).items() if not name.startswith(BESIDE_SEGMENTER)}
+    tensors = {name.removeprefix("vision_encoder."): value for name, value in tensors.items()}
+    sizes = sizes_of(tensors, "", grid, file)
+    with torch.device("meta"):
+        model = build_segmenter(sizes)
+    return _loaded(model, tensors, file)
+
+
+def load_segment_clip(weights: str, grid: int = 56, vit_heads: int = 16) -> SegmentClip:
+    """The whole model (TrajViT2 and text tower) of a published checkpoint, by path or URL, as `load_segmenter`.
+
+    Widths follow from the tensors, except `grid` and the number of heads of the ViT.
+    """
+    file = fetch_weights(weights)
+    tensors = {name: value for name, value in read_tensors(file).items() if not name.startswith(BESIDE_CLIP)}
+    tensors = {name: value for name, value in tensors.items() if not _is_unused_layer(name)}
+    sizes = sizes_of(tensors, "vision_encoder.traj_tokenizer.segmenter.", grid, file, vit_heads)
+    with torch.device("meta"):
+        model = SegmentClip(sizes).eval()
+    return _loaded(model, tensors, file)
+
+
+def sizes_of(
+    tensors: Mapping[str, torch.Tensor], prefix: str, grid: int, weights: WeightsFile, vit_heads: int = 16
+) -> Sizes:
+    """The sizes of the model that `tensors` are of, whose segmenter's keys begin with `prefix`."""
+    queries = tensors.get(f"{prefix}trajectory_perceiver.latents")
+    if queries is None or queries.ndim != 2:
+        raise TokenizerError(
+            f"weights {weights.uri}: no tensor {prefix}trajectory_perceiver.latents of two dimensions: they are not those"
+            f" of TrajTok: give model.pth of a published segmenter or model"
+        )
+    above = prefix.removesuffix("segmenter.")
+    latents = tensors.get(f"{above}latents")
+    vit = f"{above.removesuffix('traj_tokenizer.')}vision_encoder.vit.encoder.layer."
+    query = tensors.get(f"{vit}0.attention.attention.query.weight")
+    ups = [
+        name
+        for name in tensors
+        if re.fullmatch(rf"{re.escape(prefix)}patch_decoder_high_res\.conv_up\.\d+\.weight", name)
+    ]
+    num_up = sum(tensors[name].ndim == 4 for name in ups) - 1  # the last convolution keeps the sides
+    return Sizes(
+        dim=queries.shape[1],
+        num_slots=queries.shape[0],
+        grid=grid,
+        depth=_count(tensors, f"{prefix}trajectory_perceiver.layers."),
+        level=0 if latents is None else latents.shape[1].bit_length() - 1,
+        up=1 << num_up if ups else None,
+        vit_layers=_count(tensors, vit),
+        vit_heads=vit_heads,
+        vit_dim=queries.shape[1] if query is None else query.shape[0],
+    )
+
+
+def _count(tensors: Mapping[str, torch.Tensor], prefix: str) -> int:
+    return len({name[len(prefix) :].partition(".")[0] for name in tensors if name.startswith(prefix)})
+
+
+def _is_unused_layer(name: str) -> bool:
+    layer = re.match(r"text_encoder\.encoder\.layer\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= TEXT_LAYERS
+
+
+def _loaded(model: Model, tensors: Mapping[str, torch.Tensor], weights: WeightsFile) -> Model:
+    """`model`, made on no device, with `tensors` on the CPU."""
+    check_tensors(tensors, model.state_dict(), weights, type(model).__name__)
+    model = model.to_empty(device="cpu")
+    load_tensors(model, tensors)
+    return model.requires_grad_(False)

@@ -152,3 +152,23 @@ class TextEncoder(nn.Module):
         for i in range(TEXT_LAYERS):
             x = self.get_submodule(f"encoder.layer.{i}")(x, seen_BM)
         return x
+
+
+class SegmentClip(nn.Module):
+    """Clips and texts in one space of EMBED numbers, in which near ones mean the same."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.vision_encoder = SegmentVit(sizes)
+        self.text_encoder = TextEncoder()
+        self.vision_proj = nn.Linear(sizes.dim, EMBED)
+        self.text_proj = nn.Linear(TEXT_DIM, EMBED)
+        self.temp = nn.Parameter(torch.tensor(0.07))
+
+    def embed_rows(self, rows_BMD: torch.Tensor) -> torch.Tensor:
+        """The embeddings (B,EMBED), of length 1, of what SegmentVit gives for clips."""
+        return F.normalize(self.vision_proj(rows_BMD[:, 0]), dim=-1)
+
+    def embed_text(self, ids_BM: torch.Tensor, seen_BM: torch.Tensor) -> torch.Tensor:
+        """The embeddings (B,EMBED), of length 1, of texts as word pieces; `seen` is False for padding."""
+        return F.normalize(self.text_proj(self.text_encoder(ids_BM, seen_BM)[:, 0]), dim=-1)

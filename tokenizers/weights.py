@@ -18,7 +18,11 @@ from ..schemas.errors import TokenizerError
 
 SHOWN = 3  # differences of each kind that an error names
 STAMP_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
-COMPILED = "_orig_mod."  # what torch.compile puts into the keys of a model
+WRAPPERS = ("state_dict", "model")  # keys of a checkpoint under which its tensors are
+COMPILED, PARALLEL = (
+    "_orig_mod.",
+    "module.",
+)  # what torch.compile and data-parallel training put into the keys of a model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,8 +72,8 @@ def _downloaded(filesystem: Any, remote: str, uri: str) -> str:
 def read_tensors(weights: WeightsFile) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file or of a checkpoint saved by torch, by name, on the CPU and not yet read.
 
-    Checkpoints are read without running code from them. What wraps the tensors (`state_dict`) is taken off, and the
-    names that torch.compile adds. TokenizerError for anything else.
+    Checkpoints are read without running code from them. What wraps the tensors (`state_dict`, `model`) is taken off, and
+    the names that torch.compile and data-parallel training add. TokenizerError for anything else.
     """
     try:
         if weights.path.endswith(".safetensors"):
@@ -85,12 +89,14 @@ def read_tensors(weights: WeightsFile) -> dict[str, torch.Tensor]:
             f"weights {weights.uri}: not a readable checkpoint ({type(error).__name__}): accepted are .safetensors"
             f" files, and checkpoints of tensors alone, as torch.save writes them: download it again"
         ) from error
-    tensors = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else None
+    tensors = None
+    if isinstance(loaded, Mapping):
+        tensors = next((loaded[key] for key in WRAPPERS if key in loaded), loaded)
     if not isinstance(tensors, Mapping):
         raise TokenizerError(
             f"weights {weights.uri}: it holds {type(tensors or loaded).__name__}, a state dict is wanted"
         )
-    return {str(name).replace(COMPILED, ""): value for name, value in tensors.items()}
+    return {str(name).replace(COMPILED, "").removeprefix(PARALLEL): value for name, value in tensors.items()}
 
 
 def check_tensors(

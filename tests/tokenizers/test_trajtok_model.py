@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenmill.schemas.errors import TokenizerError
 from tokenmill.tokenizers.trajtok import (
     build_rope3d_perceiver,
     build_segment_vit,
     build_segmenter,
     build_text_encoder,
+    load_segment_clip,
+    load_segmenter,
 )
 from tokenmill.tokenizers.trajtok_model import Sizes
-from tokenmill.tokenizers.trajtok_towers import SegmentVit
+from tokenmill.tokenizers.trajtok_towers import SegmentClip, SegmentVit
 
 from .trajtok_kit import GOLDEN, clip, filled, normalized, parameter
 
@@ -130,3 +134,41 @@ def test_clips_of_a_batch_do_not_touch() -> None:
         torch.testing.assert_close(both[1][i : i + 1], tokens, atol=1e-4, rtol=0)
         assert torch.equal(both[2][i : i + 1], valid)
     assert not torch.equal(both[2][0], both[2][1])
+
+
+def test_published_files_load_without_what_they_do_not_need(tmp_path: Path) -> None:
+    sizes = Sizes(dim=64, num_slots=8, grid=14, level=1, vit_layers=2, vit_heads=4, vit_dim=64)
+    model = SegmentClip(sizes)
+    state = model.state_dict()
+    segmenter = build_segmenter(Sizes(dim=64, num_slots=8, grid=14, up=4))
+    more = {
+        "itm_head.weight": torch.zeros(2, 2),
+        "text_encoder.embeddings.position_ids": torch.arange(512)[None],
+        "text_encoder.encoder.layer.9.crossattention.self.query.weight": torch.zeros(768, 768),
+    }
+    torch.save({"model": state | more, "meta": {"epoch": 3}}, tmp_path / "clip.pth")
+    only = {f"module.vision_encoder.{key}": value for key, value in segmenter.state_dict().items()}
+    torch.save({"model": only | {"module.temp": torch.zeros(())}, "meta": {}}, tmp_path / "segmenter.pth")
+
+    loaded = load_segment_clip(str(tmp_path / "clip.pth"), grid=14, vit_heads=4)
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, state[key])
+    found = load_segmenter(str(tmp_path / "segmenter.pth"), grid=14)
+    frames = normalized(clip(1, 56, 3))
+    assert torch.equal(found(frames).fine_logits_BNK, segmenter(frames).fine_logits_BNK)
+    rows = loaded.vision_encoder(frames, 1)[0]
+    assert rows.shape == (1, 17, 64)
+    torch.testing.assert_close(loaded.embed_rows(rows).norm(dim=-1), torch.ones(1))
+    texts = loaded.embed_text(torch.tensor([[101, 7, 102, 0]]), torch.tensor([[True, True, True, False]]))
+    torch.testing.assert_close(texts.norm(dim=-1), torch.ones(1))
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": {"x": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(TokenizerError, match=r"no tensor trajectory_perceiver.latents .* not those of TrajTok"):
+        load_segmenter(str(tmp_path / "other.pth"))
+    state = build_segmenter(Sizes(dim=64, num_slots=8, grid=14)).state_dict()
+    state.pop("log_scale")
+    torch.save({"model": {f"vision_encoder.{key}": value for key, value in state.items()}}, tmp_path / "less.pth")
+    with pytest.raises(TokenizerError, match=r"not those of Segmenter: of 400 tensors 1 missing \(log_scale\)"):
+        load_segmenter(str(tmp_path / "less.pth"))
