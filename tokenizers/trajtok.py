@@ -75,8 +75,8 @@ def sizes_of(
     queries = tensors.get(f"{prefix}trajectory_perceiver.latents")
     if queries is None or queries.ndim != 2:
         raise TokenizerError(
-            f"weights {weights.uri}: no tensor {prefix}trajectory_perceiver.latents of two dimensions: they are not those"
-            f" of TrajTok: give model.pth of a published segmenter or model"
+            f"weights {weights.uri}: no tensor {prefix}trajectory_perceiver.latents of two dimensions: they are not"
+            f" those of TrajTok: give model.pth of a published segmenter or model"
         )
     above = prefix.removesuffix("segmenter.")
     latents = tensors.get(f"{above}latents")

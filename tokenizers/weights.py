@@ -19,10 +19,7 @@ from ..schemas.errors import TokenizerError
 SHOWN = 3  # differences of each kind that an error names
 STAMP_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 WRAPPERS = ("state_dict", "model")  # keys of a checkpoint under which its tensors are
-COMPILED, PARALLEL = (
-    "_orig_mod.",
-    "module.",
-)  # what torch.compile and data-parallel training put into the keys of a model
+COMPILED, PARALLEL = "_orig_mod.", "module."  # what torch.compile and data-parallel training put into keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +69,8 @@ def _downloaded(filesystem: Any, remote: str, uri: str) -> str:
 def read_tensors(weights: WeightsFile) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors file or of a checkpoint saved by torch, by name, on the CPU and not yet read.
 
-    Checkpoints are read without running code from them. What wraps the tensors (`state_dict`, `model`) is taken off, and
-    the names that torch.compile and data-parallel training add. TokenizerError for anything else.
+    Checkpoints are read without running code from them. What wraps the tensors (`state_dict`, `model`) is taken off,
+    and the names that torch.compile and data-parallel training add. TokenizerError for anything else.
     """
     try:
         if weights.path.endswith(".safetensors"):
