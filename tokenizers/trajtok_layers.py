@@ -163,6 +163,19 @@ class GatedMlp(nn.Module):
         return self.down(F.silu(self.gate(h)) * self.up(h))
 
 
+def through_layers(
+    layers: nn.ModuleList, norm: nn.Module, context_BND: torch.Tensor, latents_BMD: torch.Tensor, *attended: object
+) -> torch.Tensor:
+    """Latents after all layers of a perceiver; `attended` is what its attention takes besides context and latents."""
+    for layer in layers:
+        assert isinstance(layer, nn.ModuleList)
+        attention, mlp = layer
+        latents_BMD = norm(latents_BMD)
+        latents_BMD = latents_BMD + attention(context_BND, latents_BMD, *attended)
+        latents_BMD = latents_BMD + mlp(latents_BMD)
+    return latents_BMD
+
+
 class Perceiver(nn.Module):
     """Latents that read patches, layer by layer; each layer begins from the same norm of the latents."""
 
@@ -184,13 +197,7 @@ class Perceiver(nn.Module):
         """The latents (its own, or those given) once they have read the patches; `labels` as in LatentAttention."""
         context = self.norm_ctx(patches_BND)
         latents = self.latents.expand(len(context), -1, -1) if latents_BMD is None else latents_BMD
-        for layer in self.layers:
-            assert isinstance(layer, nn.ModuleList)
-            attention, mlp = layer
-            latents = self.norm_lat(latents)
-            latents = latents + attention(context, latents, labels_BN, num_slots)
-            latents = latents + mlp(latents)
-        return latents
+        return through_layers(self.layers, self.norm_lat, context, latents, labels_BN, num_slots)
 
 
 class PatchAttention(nn.Module):
@@ -243,11 +250,5 @@ class Rope3dPerceiver(nn.Module):
         grid_thw: tuple[int, int, int],
     ) -> torch.Tensor:
         """The latents (B,K,D) once they have read the patches (B,N,D), of which `labels` (B,N) names the slot."""
-        context, latents = self.norm_ctx(patches_BND), latents_BKD
-        for layer in self.layers:
-            assert isinstance(layer, nn.ModuleList)
-            attention, mlp = layer
-            latents = self.norm_lat(latents)
-            latents = latents + attention(context, latents, labels_BN, grid_thw)
-            latents = latents + mlp(latents)
-        return latents
+        context = self.norm_ctx(patches_BND)
+        return through_layers(self.layers, self.norm_lat, context, latents_BKD, labels_BN, grid_thw)
