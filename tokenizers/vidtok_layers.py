@@ -129,11 +129,7 @@ class TimeConv(nn.Module):
         self._padding: Padding = padding
 
     def forward(self, x_TBHWC: torch.Tensor, memory: Memory | None) -> torch.Tensor:
-        y = x_TBHWC.new_empty((*x_TBHWC.shape[:-1], len(self.bias)))
-        return self.add_to(y.copy_(self.bias), x_TBHWC, memory)
-
-    def add_to(self, y_TBHWC: torch.Tensor, x_TBHWC: torch.Tensor, memory: Memory | None) -> torch.Tensor:
-        """`y`, to which the convolution without its bias was added in place."""
+        y_TBHWC = x_TBHWC.new_empty((*x_TBHWC.shape[:-1], len(self.bias))).copy_(self.bias)
         first, before = -1, None
         if self._padding != "symmetric":
             first, before = -2, frames_before(self, x_TBHWC, self._padding, memory)
