@@ -77,7 +77,13 @@ class _Draft:
         num_valid = len(self._want.frames)
         frames_THWC[num_valid:] = frames_THWC[num_valid - 1]
         decoded_pts_s = tuple(pts_s[list(self._want.frames)].tolist())
-        return ClipFrames(clip=self._want.clip, frames_THWC=frames_THWC, decoded_pts_s=decoded_pts_s, decoder=decoder)
+        return ClipFrames(
+            clip=self._want.clip,
+            frames_THWC=frames_THWC,
+            decoded_pts_s=decoded_pts_s,
+            frame_numbers=self._want.frames,
+            decoder=decoder,
+        )
 
     def failed(self, reason: str) -> ClipFailure:
         self._frames_THWC, self.num_missing = None, 0

@@ -133,4 +133,10 @@ class FakeDecoder:
             shift_T = np.round(times_s * 1000).astype(np.int64)
             ramp_HWC = sum(np.ogrid[: self._sampling.height, : self._sampling.width, :3])
             frames_THWC = (shift_T[:, None, None, None] + ramp_HWC).astype(np.uint8)
-            yield ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, decoder=self.identity)
+            yield ClipFrames(
+                clip=clip,
+                frames_THWC=frames_THWC,
+                decoded_pts_s=clip.frame_pts_s,
+                frame_numbers=tuple(range(clip.num_valid)),
+                decoder=self.identity,
+            )

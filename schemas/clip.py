@@ -87,12 +87,14 @@ class ClipFrames:
     """One decoded clip: `frames_THWC` uint8 RGB, padded to the sampling's length.
 
     `decoder` is the name and version of the decoder that the video was routed to. `decoded_pts_s` are the presentation
-    times of the valid frames as the decoder found them.
+    times of the valid frames as the decoder found them, `frame_numbers` their places in the video, from 0 in the order
+    shown.
     """
 
     clip: Clip
     frames_THWC: np.ndarray
     decoded_pts_s: tuple[float, ...]
+    frame_numbers: tuple[int, ...]
     decoder: str
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -14,6 +14,7 @@ VIDEO_EXTENSIONS = (
 )  # fmt: skip
 NumberType = Literal["float32", "float16", "bfloat16"]
 PRODUCT_NAME = re.compile(r"[a-z][a-z0-9_]*")
+Options = TypeVar("Options", bound="Section")
 
 
 class Section(BaseModel):
@@ -119,6 +120,19 @@ class TokensSection(Section):
         default=8,
         description="clips in one model call, part of the product's fingerprint; auto: as many as memory holds",
     )
+    options: dict[str, Any] = Field(default={}, description="what the tokenizer's family alone knows")
+
+
+class MasksSection(Section):
+    """One product of masks: which segmenter, and with what weights and arithmetic."""
+
+    segmenter: str = Field(min_length=1, description="slic3d, sam2, trajtok or sidecars")
+    weights: str | None = Field(default=None, description="path or fsspec URL, where the segmenter has any")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    dtype: NumberType = Field(default="float32", description="number type of the arithmetic")
+    batch_size: int = Field(default=1, ge=1, description="clips in one call of the segmenter")
+    max_trajectories: int = Field(default=128, ge=1, le=65535, description="the largest are kept")
+    options: dict[str, Any] = Field(default={}, description="what the segmenter alone knows")
 
 
 class DecodeSection(Section):
@@ -167,7 +181,8 @@ class Recipe(Section):
     cache: str = Field(min_length=1, description="folder of the cache; any fsspec URL")
     sources: tuple[Source, ...] = Field(min_length=1)
     clips: ClipsSection = ClipsSection()
-    tokens: dict[str, TokensSection] = Field(min_length=1, description="products, by name")
+    tokens: dict[str, TokensSection] = Field(default={}, description="products of tokens, by name")
+    masks: dict[str, MasksSection] = Field(default={}, description="products of masks, by name")
     decode: DecodeSection = DecodeSection()
     shards: ShardsSection = ShardsSection()
     executor: ExecutorSection = ExecutorSection()
@@ -187,21 +202,32 @@ def parse_recipe(data: object) -> Recipe:
         # A list is also "too short" when its items are wrong: the items say why.
         inner = [one for one in wrong if one["type"] != "too_short"] or wrong
         raise RecipeError("; ".join(dict.fromkeys(_explain(one) for one in inner))) from None
-    for name in recipe.tokens:
+    if not recipe.tokens and not recipe.masks:
+        raise RecipeError("tokens: missing; every recipe needs tokens, masks or both")
+    for section, name in (*(("tokens", name) for name in recipe.tokens), *(("masks", name) for name in recipe.masks)):
         if not PRODUCT_NAME.fullmatch(name):
             raise RecipeError(
-                f"tokens.{name}: {name!r} cannot name a product: accepted are small letters, digits and _,"
+                f"{section}.{name}: {name!r} cannot name a product: accepted are small letters, digits and _,"
                 f" beginning with a letter"
             )
     return recipe
 
 
-def _explain(error: Any) -> str:
-    """One wrong key in one phrase."""
-    path = [str(part) for part in error["loc"]]
+def parse_options(model: type[Options], values: Mapping[str, Any]) -> Options:
+    """The `options` of a section; RecipeError names every wrong key below ``options``."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        wrong = error.errors()
+        raise RecipeError("; ".join(dict.fromkeys(_explain(one, model, ("options",)) for one in wrong))) from None
+
+
+def _explain(error: Any, model: type[BaseModel] = Recipe, above: tuple[str, ...] = ()) -> str:
+    """One wrong key of a `model`, which stands below the keys `above`, in one phrase."""
+    path = [*above, *(str(part) for part in error["loc"])]
     kind, context = error["type"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        accepted = sorted(_keys_at(path[:-1]))
+        accepted = sorted(_keys_at(path[len(above) : -1], model))
         return f"{_dotted(path)}: unknown key{did_you_mean(path[-1], accepted)}; accepted are {', '.join(accepted)}"
     if kind == "missing":
         return f"{_dotted(path)}: missing; every recipe needs it"
@@ -224,9 +250,8 @@ def _dotted(path: list[str]) -> str:
     return ".".join(part for i, part in enumerate(path) if not (i and part in inner))
 
 
-def _keys_at(path: list[str]) -> list[str]:
-    """The keys that the recipe accepts below `path`."""
-    model: type[BaseModel] = Recipe
+def _keys_at(path: list[str], model: type[BaseModel]) -> list[str]:
+    """The keys that `model` accepts below `path`."""
     sources = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(AnySource)}
     for part in path:
         if part in sources and model is Recipe:

@@ -1,7 +1,8 @@
 """What every tokenizer offers, and a small one for tests."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +21,55 @@ class Settings:
     dtype: str = "float32"
     logvar: bool = False
     compiled: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoryBatch:
+    """Tokens of the trajectories of B clips, N to each: those of all slots, in all chunks of the clip, in this order.
+
+    `values_BNd` are latents of the spec's dtype, of which those in `valid_BN` (bool) stand for a trajectory.
+    `slots_N` is the slot of each row, `chunks_N` the part of the clip (from 0), both int16; `trajectories_BN` (int16)
+    numbers trajectories of the clip over its chunks, from 0 in the order of their first row, -1 where not valid.
+    `assignment_BThw` (uint8) is the slot of every patch. `mass_BN` (float32), where asked for, is how many patches each
+    slot has by soft shares. `embedding_BE` (float32, of length 1), where asked for, is the clip in the space of texts.
+    """
+
+    values_BNd: torch.Tensor
+    valid_BN: torch.Tensor
+    slots_N: torch.Tensor
+    chunks_N: torch.Tensor
+    trajectories_BN: torch.Tensor
+    assignment_BThw: torch.Tensor
+    mass_BN: torch.Tensor | None = None
+    embedding_BE: torch.Tensor | None = None
+
+
+class TrajectoryTokenizer(Protocol):
+    """Turns frames into one token, or a few, for each trajectory. There is no way back to frames."""
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        """What decides the tokens, apart from the frames; `stride_thw` is the size of a patch."""
+        ...
+
+    @property
+    def is_batched(self) -> bool:
+        """As of VideoTokenizer."""
+        ...
+
+    @property
+    def embedding_dim(self) -> int | None:
+        """How many numbers the embedding of a clip has; None where none was asked for."""
+        ...
+
+    def grid_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The (T,h,w) of the assignment of a clip of this size; TokenizerError says which sizes are accepted."""
+        ...
+
+    def encode(self, frames_BTHWC: torch.Tensor) -> TrajectoryBatch:
+        """The tokens of uint8 RGB frames."""
+        ...
 
 
 class VideoTokenizer(Protocol):

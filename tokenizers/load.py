@@ -1,11 +1,12 @@
 """Tokenizers by name: `family/variant`, one entry per family."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from ..schemas.errors import TokenizerError, did_you_mean
-from .base import FakeTokenizer, Settings, VideoTokenizer
+from .base import FakeTokenizer, Settings, TrajectoryTokenizer, VideoTokenizer
 
 
 def load_tokenizer(
@@ -16,12 +17,14 @@ def load_tokenizer(
     *,
     logvar: bool = False,
     compiled: bool = False,
-) -> VideoTokenizer:
+    options: Mapping[str, Any] | None = None,
+) -> VideoTokenizer | TrajectoryTokenizer:
     """The tokenizer called `name`, for instance "dct_fsq/488_262144", ready to encode on `device`.
 
     `weights` is the path or fsspec URL of its weights, for families that have any; `dtype` is the number type of
     the arithmetic; with `logvar` latents are means and, after them, logarithms of variances; with `compiled` networks
-    go through torch.compile. TokenizerError for an unknown name, and for a setting that the family does not take.
+    go through torch.compile. `options` are what a family alone knows (docs/tokenizers.md). TokenizerError for an unknown
+    name, and for a setting that the family does not take.
     """
     family, _, variant = name.partition("/")
     if family not in FAMILIES:
@@ -29,8 +32,10 @@ def load_tokenizer(
             f"unknown tokenizer family {family!r} in {name!r}{did_you_mean(family, list(FAMILIES))}:"
             f" accepted are {', '.join(FAMILIES)}"
         )
-    _check_device(device)
-    settings = Settings(weights=weights, device=device, dtype=dtype, logvar=logvar, compiled=compiled)
+    check_device(device)
+    settings = Settings(
+        weights=weights, device=device, dtype=dtype, logvar=logvar, compiled=compiled, options=options or {}
+    )
     return FAMILIES[family](variant, settings)
 
 
@@ -46,6 +51,7 @@ def _load_dct_fsq(variant: str, settings: Settings) -> VideoTokenizer:
 def _load_vidtok(variant: str, settings: Settings) -> VideoTokenizer:
     from .vidtok import VidTokTokenizer
 
+    refuse_options("vidtok", settings)
     return VidTokTokenizer(variant, settings)
 
 
@@ -57,7 +63,7 @@ def _load_fake(variant: str, settings: Settings) -> VideoTokenizer:
 
 
 # Loaders import their family when called: loading one imports no other.
-FAMILIES: dict[str, Callable[[str, Settings], VideoTokenizer]] = {
+FAMILIES: dict[str, Callable[[str, Settings], VideoTokenizer | TrajectoryTokenizer]] = {
     "dct_fsq": _load_dct_fsq,
     "fake": _load_fake,
     "vidtok": _load_vidtok,
@@ -72,9 +78,17 @@ def _refuse_networks(family: str, settings: Settings) -> None:
         raise TokenizerError(f"{family} has no variances: remove logvar")
     if settings.compiled:
         raise TokenizerError(f"{family} has no networks to compile: remove compiled")
+    refuse_options(family, settings)
 
 
-def _check_device(device: str) -> None:
+def refuse_options(family: str, settings: Settings) -> None:
+    """TokenizerError for options, in a family without any."""
+    if settings.options:
+        raise TokenizerError(f"{family} has no options, found {', '.join(settings.options)}: remove options")
+
+
+def check_device(device: str) -> None:
+    """TokenizerError unless torch can compute on `device` here."""
     try:
         found = torch.device(device)
     except RuntimeError:

@@ -64,7 +64,7 @@ def rows_of(worker: Worker, value: int = 0, num_clips: int = 5, at_once: int = 5
         chosen = clips[start : start + at_once]
         frames_THWC = np.zeros((4, 8, 16, 3), np.uint8)
         decoded = [
-            ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, decoder="fake")
+            ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, frame_numbers=(0,), decoder="fake")
             for clip in chosen
         ]
         tokens = torch.full((len(chosen), 1, 1, 2), value)

@@ -25,7 +25,7 @@ def decoded(number: int) -> ClipFrames:
     video = Video(uri=f"/videos/{number}.mp4", size_bytes=-1, digest=f"uri:{number}")
     clip = Clip(clip_id=f"{number:032x}", video=video, start_s=0, end_s=1, frame_pts_s=(0.0, 0.5))
     frames_THWC = np.zeros((4, 8, 8, 3), np.uint8)
-    return ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=(0.0, 0.48), decoder="fake")
+    return ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=(0.0, 0.48), frame_numbers=(0, 1), decoder="fake")
 
 
 @pytest.fixture

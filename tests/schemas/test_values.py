@@ -32,7 +32,7 @@ FRAMES_THWC = np.zeros((4, 8, 8, 3), np.uint8)
         (lambda: Clip(clip_id="c", video=VIDEO, start_s=1, end_s=1, frame_pts_s=(1.0,)), "clip c is empty"),
         (lambda: ShardPlan(shard_id="s", clips=()), "shard s has no clips"),
         (
-            lambda: ClipFrames(clip=CLIP, frames_THWC=FRAMES_THWC[..., :2], decoded_pts_s=(), decoder=""),
+            lambda: ClipFrames(clip=CLIP, frames_THWC=FRAMES_THWC[..., :2], decoded_pts_s=(), frame_numbers=(), decoder=""),
             r"must be \(T,H,W,3\) uint8",
         ),
         (
@@ -65,7 +65,7 @@ def test_a_value_that_cannot_be_is_refused_at_birth(make: Any, message: str) -> 
 
 def test_clips_stack_into_a_batch_in_their_order() -> None:
     decoded = [
-        ClipFrames(clip=CLIP, frames_THWC=np.full_like(FRAMES_THWC, i), decoded_pts_s=(0.0, 0.5), decoder="fake")
+        ClipFrames(clip=CLIP, frames_THWC=np.full_like(FRAMES_THWC, i), decoded_pts_s=(0.0, 0.5), frame_numbers=(0, 1), decoder="fake")
         for i in range(3)
     ]
     batch = FrameBatch.stack(decoded)
