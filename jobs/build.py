@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -16,14 +16,17 @@ from ..pipeline.encode import BatchEncoder, largest_batch
 from ..pipeline.executors import Executor, LocalExecutor, check_address
 from ..pipeline.isolation import Serve
 from ..pipeline.retries import apply_storage_options
+from ..pipeline.segment import MaskMaker
 from ..pipeline.storage import Folder
 from ..pipeline.videos import Prober
 from ..pipeline.worker import Worker, fingerprints_of
 from ..schemas.cache_info import CACHE_INFO, CacheInfo, ProductInfo
 from ..schemas.errors import RecipeError, TokenizerError
 from ..schemas.recipe import Recipe, parse_recipe
-from ..schemas.shard import WEBDATASET, tokens_product
+from ..schemas.shard import EMBEDDINGS, TOKENS, WEBDATASET, masks_product, tokens_product
+from ..tokenizers.base import Settings
 from ..tokenizers.load import load_tokenizer
+from .segmenters import load_segmenter
 
 
 def build_worker(recipe: Recipe, cache: str | None = None, *, commits: bool = True) -> Worker:
@@ -31,11 +34,13 @@ def build_worker(recipe: Recipe, cache: str | None = None, *, commits: bool = Tr
     apply_storage_options(recipe.storage)
     torch.set_num_threads(recipe.executor.threads)
     encoders = {tokens_product(name): build_encoder(recipe, name) for name in recipe.tokens}
+    mask_makers = {masks_product(name): build_mask_maker(recipe, name) for name in recipe.masks}
     return Worker(
         folder=Folder(cache or recipe.cache),
         decoders=tuple(build_decoder(recipe) for _ in range(recipe.decode.processes)),
         encoders=encoders,
-        fingerprints=fingerprints_of(build_frame_decoder(recipe), encoders, recipe.shards.format),
+        mask_makers=mask_makers,
+        fingerprints=fingerprints_of(build_frame_decoder(recipe), encoders, mask_makers, recipe.shards.format),
         commits=commits,
     )
 
@@ -47,7 +52,8 @@ def build_driver_worker(recipe: Recipe) -> Worker:
     if recipe.executor.kind == "local":
         return build_worker(recipe)
     tokens = {name: section.model_copy(update={"device": "cpu"}) for name, section in recipe.tokens.items()}
-    return build_worker(recipe.model_copy(update={"tokens": tokens}))
+    masks = {name: section.model_copy(update={"device": "cpu"}) for name, section in recipe.masks.items()}
+    return build_worker(recipe.model_copy(update={"tokens": tokens, "masks": masks}))
 
 
 def build_frame_decoder(recipe: Recipe) -> VideoDecoder:
@@ -89,6 +95,7 @@ def build_encoder(recipe: Recipe, name: str) -> BatchEncoder:
             section.dtype,
             logvar=section.logvar,
             compiled=section.compiled,
+            options=section.options,
         )
         if section.stored_dtype and tokenizer.spec.kind == "discrete":
             raise TokenizerError(f"{section.tokenizer} makes codes, whose number type is given: remove stored_dtype")
@@ -98,9 +105,25 @@ def build_encoder(recipe: Recipe, name: str) -> BatchEncoder:
             tokenizer=tokenizer, batch_size=size, sampling=sampling, stored_dtype=section.stored_dtype
         )
         encoder.layout  # noqa: B018  refuses sizes that the tokenizer does not take
-    except TokenizerError as error:
+    except (TokenizerError, RecipeError) as error:
         raise RecipeError(f"tokens.{name}: {error}") from None
     return encoder
+
+
+def build_mask_maker(recipe: Recipe, name: str) -> MaskMaker:
+    """The segmenter of `masks.<name>` with its weights."""
+    section, sampling = recipe.masks[name], recipe.clips.sampling
+    settings = Settings(weights=section.weights, device=section.device, dtype=section.dtype, options=section.options)
+    try:
+        segmenter = load_segmenter(section.segmenter, settings, sampling)
+    except (TokenizerError, RecipeError) as error:
+        raise RecipeError(f"masks.{name}: {error}") from None
+    return MaskMaker(
+        segmenter=segmenter,
+        sampling=sampling,
+        batch_size=section.batch_size,
+        max_trajectories=section.max_trajectories,
+    )
 
 
 def settled(recipe: Recipe) -> Recipe:
@@ -127,35 +150,46 @@ def settled(recipe: Recipe) -> Recipe:
 
 def cache_info(recipe: Recipe, worker: Worker) -> CacheInfo:
     """The head of the cache that this recipe and worker make."""
-    sections = {name: section.model_dump(mode="json") for name, section in recipe.tokens.items()}
+    values = recipe.model_dump(mode="json", exclude={"storage"})
+    sections = {key: values[key] for key in ("tokens", "masks")}
     products = {}
     for product, version in worker.fingerprints.items():
-        encoder = worker.encoders.get(product)
-        if encoder is None:
-            section = sections if product == WEBDATASET else None
-            products[product] = ProductInfo(fingerprint=version, section=section)
-            continue
-        products[product] = ProductInfo(
-            fingerprint=version,
-            section=sections[product.removeprefix("tokens/")],
-            tokenizer=json.loads(json.dumps(asdict(encoder.tokenizer.spec))),
-            shape=encoder.layout.shape,
-        )
-    return CacheInfo(recipe=recipe.model_dump(mode="json", exclude={"storage"}), products=products)
+        kind, _, name = product.partition("/")
+        encoder = worker.encoders.get(product.replace(EMBEDDINGS, TOKENS))
+        maker = worker.mask_makers.get(product)
+        entry = ProductInfo(fingerprint=version, section=sections if product == WEBDATASET else None)
+        if maker:
+            segmenter = _plain(maker.segmenter.spec)
+            entry = replace(entry, section=sections[kind][name], segmenter=segmenter)
+        elif encoder and encoder.embedding and product.startswith(EMBEDDINGS):
+            entry = replace(entry, section=sections[TOKENS[:-1]][name], shape=(encoder.embedding.dim,))
+        elif encoder:
+            tokenizer = _plain(encoder.tokenizer.spec)
+            entry = replace(entry, section=sections[kind][name], tokenizer=tokenizer, shape=encoder.layout.shape)
+        products[product] = entry
+    return CacheInfo(recipe=values, products=products)
+
+
+def _plain(spec: Any) -> dict[str, Any]:
+    """A spec as JSON has it."""
+    return json.loads(json.dumps(asdict(spec)))
 
 
 def recipe_of(info: CacheInfo) -> Recipe:
     """The recipe that would make all that a cache holds: that of its last job, with the products of all jobs.
 
-    Tars of other tokens than the token files are left out: one recipe makes either of the same tokens.
+    Tars of other products than the files are left out: one recipe makes either of the same products.
     """
-    tars = info.products[WEBDATASET].section if WEBDATASET in info.products else {}
-    tokens: dict[str, Any] = {
-        product.removeprefix("tokens/"): entry.section for product, entry in info.products.items() if entry.tokenizer
-    }
-    format = "webdataset" if not tokens else "both" if tokens == tars else "parquet"
+    tars = info.products[WEBDATASET].section if WEBDATASET in info.products else None
+    files: dict[str, Any] = {"tokens": {}, "masks": {}}
+    for product, entry in info.products.items():
+        kind, _, name = product.partition("/")
+        if entry.tokenizer or entry.segmenter:
+            files[kind][name] = entry.section
+    is_any = any(files.values())
+    format = "webdataset" if tars and not is_any else "both" if files == tars else "parquet"
     shards = {**info.recipe["shards"], "format": format}
-    return parse_recipe({**info.recipe, "tokens": tokens or tars, "shards": shards})
+    return parse_recipe({**info.recipe, **(files if is_any else tars or {}), "shards": shards})
 
 
 def check_executor(recipe: Recipe) -> None:

@@ -99,7 +99,11 @@ def _make_sample(
         clips_s = time.perf_counter() - start_s
     assert isinstance(receipt, ShardReceipt)
     num_made = max(1, receipt.manifests[0].num_rows)
-    tokens = {product: int(np.prod(encoder.layout.shape[:3])) for product, encoder in worker.encoders.items()}
+    tokens = {
+        product: int(np.prod(encoder.layout.shape[:3]))
+        for product, encoder in worker.encoders.items()
+        if not encoder.has_trajectories
+    }
     sizes = {m.product: sum(file.size_bytes for file in m.files) / num_made for m in receipt.manifests}
     return tokens, sizes, clips_s, rows.num_rows
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..pipeline.cache import TokenCache
 from ..pipeline.storage import Folder, storage_errors
-from ..pipeline.store import bits_of
+from ..pipeline.encode import bits_of
 from ..pipeline.token_file import TokenLayout
 from ..pipeline.views import CLIPS_WITH_VIDEOS
 from ..pipeline.webdataset_output import Sample, TarProduct, index_path, tars_fingerprint, write_tar
@@ -102,7 +102,8 @@ def _write_tars(
         for number, start in enumerate(range(0, len(clip_ids), clips_per_tar)):
             path, chosen = f"{staging}/{number:05d}.tar", clip_ids[start : start + clips_per_tar]
             with storage_errors(staging):
-                write_tar(path, _samples(cache, members, chosen), members, version)
+                described = {name: member.to_json() for name, member in members.items()}
+                write_tar(path, _samples(cache, members, chosen), described, version)
             index, tar = _put(folder, index_path(path)), _put(folder, path)
             print(f"{folder.uri(tar['name'])}: {len(chosen)} clips, {tar['size_bytes']} bytes")
             yield {**tar, "index": index["name"], "num_clips": len(chosen)}

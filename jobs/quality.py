@@ -37,7 +37,7 @@ def measure_quality(cache: TokenCache, fraction: float, lpips: str | None) -> li
         raise CacheError(
             f"{cache.folder.url}: frames of {least}x{least} or more can be compared, its clips are smaller"
         )
-    qualities = {product: Quality() for product in cache.token_products}
+    qualities = {product: Quality() for product in cache.grid_products}
     problems = list(_measured(cache, qualities, fraction, distance))
     figures = ("clips", "PSNR dB", "SSIM", *(["LPIPS"] if distance else []))
     table = new_table("product", *figures, numbers=figures)

@@ -14,6 +14,7 @@ from ..pipeline.render import side_by_side, write_sheet, write_video
 from ..pipeline.storage import written_aside
 from ..schemas.clip import Clip, ClipFailure, Video
 from ..schemas.errors import CacheError, DecodeError
+from ..tokenizers.base import TrajectoryTokenizer
 from .build import build_encoder, build_frame_decoder, recipe_of
 
 
@@ -63,10 +64,13 @@ def check_tokenizer(cache: TokenCache, product: str, encoder: BatchEncoder) -> N
 
 def decode_tokens(cache: TokenCache, product: str, clip_id: str, encoder: BatchEncoder) -> np.ndarray:
     """The real frames (T,H,W,3) uint8 of a clip, from its tokens alone, by the tokenizer that made them."""
+    tokenizer = encoder.tokenizer
+    if isinstance(tokenizer, TrajectoryTokenizer):
+        raise CacheError(f"{product}: tokens of trajectories do not decode to frames: reconstruct --masks shows them")
     grid = cache.grid(product, clip_id)
     with torch.inference_mode():
         tokens = torch.from_numpy(grid.values_thw).unsqueeze(0)
-        frames_BTHWC = encoder.tokenizer.decode(tokens, encoder.sampling.num_frames)
+        frames_BTHWC = tokenizer.decode(tokens, encoder.sampling.num_frames)
     return frames_BTHWC[0, : grid.num_valid].cpu().numpy()
 
 

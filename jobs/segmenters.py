@@ -3,28 +3,29 @@
 from collections.abc import Callable
 
 from ..pipeline.segment import FakeSegmenter, Segmenter
+from ..schemas.clip import Sampling
 from ..schemas.errors import RecipeError, TokenizerError, did_you_mean
 from ..tokenizers.base import Settings
 from ..tokenizers.load import check_device, refuse_options
 
 
-def load_segmenter(name: str, settings: Settings) -> Segmenter:
-    """The segmenter called `name`, ready to segment; TokenizerError or RecipeError for what it cannot be."""
+def load_segmenter(name: str, settings: Settings, sampling: Sampling) -> Segmenter:
+    """The segmenter called `name`, ready to segment clips of this sampling; TokenizerError or RecipeError for what it cannot be."""
     if name not in SEGMENTERS:
         raise RecipeError(
             f"unknown segmenter {name!r}{did_you_mean(name, list(SEGMENTERS))}: accepted are {', '.join(SEGMENTERS)}"
         )
     check_device(settings.device)
-    return SEGMENTERS[name](settings)
+    return SEGMENTERS[name](settings, sampling)
 
 
-def _load_fake(settings: Settings) -> Segmenter:
+def _load_fake(settings: Settings, sampling: Sampling) -> Segmenter:
     _refuse_networks("fake", settings)
     refuse_options("fake", settings)
     return FakeSegmenter()
 
 
-def _load_slic3d(settings: Settings) -> Segmenter:
+def _load_slic3d(settings: Settings, sampling: Sampling) -> Segmenter:
     from ..pipeline.slic3d import Slic3d, Slic3dOptions
     from ..schemas.recipe import parse_options
 
@@ -32,10 +33,26 @@ def _load_slic3d(settings: Settings) -> Segmenter:
     return Slic3d(parse_options(Slic3dOptions, settings.options))
 
 
+def _load_trajtok(settings: Settings, sampling: Sampling) -> Segmenter:
+    from ..tokenizers.trajtok_segmenter import TrajTokSegmenter
+
+    return TrajTokSegmenter(settings)
+
+
+def _load_sidecars(settings: Settings, sampling: Sampling) -> Segmenter:
+    from ..pipeline.sidecars import Sidecars, SidecarsOptions
+    from ..schemas.recipe import parse_options
+
+    _refuse_networks("sidecars", settings)
+    return Sidecars(parse_options(SidecarsOptions, settings.options), sampling)
+
+
 # Loaders import their segmenter when called: loading one imports no other.
-SEGMENTERS: dict[str, Callable[[Settings], Segmenter]] = {
+SEGMENTERS: dict[str, Callable[[Settings, Sampling], Segmenter]] = {
     "fake": _load_fake,
     "slic3d": _load_slic3d,
+    "sidecars": _load_sidecars,
+    "trajtok": _load_trajtok,
 }
 
 

@@ -1,6 +1,6 @@
 """tokenmill verify: is what the plans, manifests and snapshots say really there?"""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,10 +12,11 @@ from ..pipeline.cache import TokenCache, open_cache
 from ..pipeline.manifests import read_all
 from ..pipeline.snapshots import CacheState, live_state, pinned_manifests, read_snapshot, snapshot_numbers
 from ..pipeline.storage import Folder
+from ..schemas.cache_info import CacheInfo
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import CacheError, StorageError
 from ..schemas.plan import PLAN_REMEDY
-from ..schemas.shard import CLIPS, SHORT_DIGEST, WEBDATASET, FileEntry, tokens_product
+from ..schemas.shard import CLIPS, EMBEDDINGS, SHORT_DIGEST, TOKENS, WEBDATASET, FileEntry
 from .quality import measure_quality
 from .retokenize import retokenize_sample
 
@@ -131,15 +132,20 @@ def account_problems(state: CacheState) -> Iterator[str]:
         )
         if account.num_missing < 0:
             yield f"{counts}: {-account.num_missing} clips too many: some were committed twice"
-        elif account.num_missing and account.product in _asked(state.info.recipe):
+        elif account.num_missing and account.product in _asked(state.info):
             yield f"{counts}: {account.num_missing} clips are missing; run the recipe again"
 
 
-def _asked(recipe: Mapping) -> set[str]:
+def _asked(info: CacheInfo) -> set[str]:
     """The products that the last recipe makes: those of older recipes may lag behind."""
+    recipe, asked = info.recipe, {CLIPS}
     format = recipe["shards"]["format"]
-    tokens = {tokens_product(name) for name in recipe["tokens"]} if format != "webdataset" else set()
-    return {CLIPS, *tokens} | ({WEBDATASET} if format != "parquet" else set())
+    for product, entry in info.products.items():
+        kind, _, name = product.partition("/")
+        sections = recipe.get(TOKENS[:-1] if kind == EMBEDDINGS[:-1] else kind, {})
+        if name and format != "webdataset" and entry.section == sections.get(name):
+            asked.add(product)
+    return asked | ({WEBDATASET} if format != "parquet" else set())
 
 
 def doubled_clips(cache: TokenCache) -> Iterator[str]:

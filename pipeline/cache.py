@@ -3,8 +3,8 @@
 import mmap
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import duckdb
 import numpy as np
@@ -12,16 +12,21 @@ import pyarrow as pa
 import torch
 
 from ..schemas.errors import CacheError, did_you_mean
-from ..schemas.shard import tokens_product
-from ..schemas.tokens import TokenGrid
+from ..schemas.masks import ClipMasks
+from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS
+from ..schemas.tokens import TokenGrid, TrajectoryTokens
 from .cache_head import read_info
 from .index import connect, ensure_index, file_uris
+from .mask_file import MaskFile
 from .snapshots import read_snapshot, take_snapshot
 from .storage import Folder, storage_errors
 from .token_file import TokenFile, TokenLayout, from_planes
+from .trajectory_file import TrajectoryFile
 from .views import CLIPS_WITH_VIDEOS, create_views
 
 OPEN_FILES = 64
+
+File = TypeVar("File", TokenFile, TrajectoryFile, MaskFile)
 
 
 def open_cache(uri: str, snapshot: int | None = None) -> "TokenCache":
@@ -43,7 +48,9 @@ class TokenCache:
             self.info = self.pinned.info
         self._lock = threading.Lock()
         self._connection: duckdb.DuckDBPyConnection | None = None
-        self._files: OrderedDict[str, TokenFile] = OrderedDict()
+        self._token_files = _OpenFiles(TokenFile, folder)
+        self._trajectory_files = _OpenFiles(TrajectoryFile, folder)
+        self._mask_files = _OpenFiles(MaskFile, folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the cache anew, at the same snapshot: connections and memory maps do not travel."""
@@ -84,15 +91,31 @@ class TokenCache:
             )
         return products
 
+    @property
+    def grid_products(self) -> list[str]:
+        """Those of them whose tokens lie in grids."""
+        return [product for product in self.token_products if not self.has_trajectories(product)]
+
+    def has_trajectories(self, product: str) -> bool:
+        """Whether the tokens of a product stand for trajectories."""
+        return (self.info.products[product].tokenizer or {}).get("kind") == "trajectory"
+
     def product(self, name: str) -> str:
         """The product called `name` (`dct` or `tokens/dct`); CacheError lists what the cache has."""
-        products = self.token_products
-        for product in (name, tokens_product(name)):
+        return self._product(name, TOKENS, self.token_products)
+
+    def masks_product(self, name: str) -> str:
+        """The product of masks called `name` (`objects` or `masks/objects`); CacheError lists what the cache has."""
+        return self._product(name, MASKS, [p for p, entry in self.info.products.items() if entry.segmenter])
+
+    def _product(self, name: str, kind: str, products: Sequence[str]) -> str:
+        for product in (name, f"{kind}{name}"):
             if product in products:
                 return product
-        known = [product.removeprefix("tokens/") for product in products]
+        known = [product.removeprefix(kind) for product in products]
         raise CacheError(
-            f"{self.folder.url}: no product {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}"
+            f"{self.folder.url}: no product {kind}{name.removeprefix(kind)}{did_you_mean(name, known)};"
+            f" there are {', '.join(known) or 'none'}"
         )
 
     def clip_id(self, prefix: str) -> str:
@@ -111,9 +134,30 @@ class TokenCache:
         Tokens are copied out of the memory-mapped files, checked against their digests on first touch unless
         `verify` is off. CacheError names clips that the product does not have.
         """
-        product = self.product(product)
+        is_embedding = product.startswith(EMBEDDINGS) and product in self.info.products
+        product = product if is_embedding else self.product(product)
+        if not is_embedding and self.has_trajectories(product):
+            raise CacheError(f"{product}: a clip has as many tokens as trajectories: read_trajectories gives them")
         places = self._locate(product, clip_ids)
         return self.read_places(places["name"].to_pylist(), places["row_in_file"].to_numpy(), verify=verify)
+
+    def read_trajectories(
+        self, product: str, clip_ids: Sequence[str], *, verify: bool = True
+    ) -> list[TrajectoryTokens]:
+        """The tokens of the trajectories of `clip_ids`, in their order; bfloat16 as the int16 of its bits.
+
+        CacheError where the product's tokens lie in grids, and as `read`.
+        """
+        product = self.product(product)
+        if not self.has_trajectories(product):
+            raise CacheError(f"{product}: its tokens lie in grids: read gives them")
+        places = self._locate(product, clip_ids).to_pylist()
+        return [self._trajectory_files.get(one["name"]).read(one["row_in_file"], verify=verify) for one in places]
+
+    def read_masks(self, product: str, clip_ids: Sequence[str]) -> list[ClipMasks]:
+        """The masks of `clip_ids`, in their order; CacheError names clips that the product does not have."""
+        places = self._locate(self.masks_product(product), clip_ids).to_pylist()
+        return [self._mask_files.get(one["name"]).read(one["row_in_file"]) for one in places]
 
     def grid(self, product: str, clip_id: str) -> TokenGrid:
         """The token grid of one clip, with the number of its frames that are real; bfloat16 comes as float32."""
@@ -132,7 +176,7 @@ class TokenCache:
         planes: dict[str, np.ndarray] = {}
         layout: TokenLayout | None = None
         for name, positions in by_file.items():
-            file = self._open(name)
+            file = self._token_files.get(name)
             layout = file.layout
             for column, plane in file.read_planes(rows[positions], verify=verify).items():
                 planes.setdefault(column, np.empty((len(names), plane.shape[1]), np.uint8))[positions] = plane
@@ -176,23 +220,6 @@ class TokenCache:
                 for name in tables:
                     connection.unregister(name)
 
-    def _open(self, name: str) -> TokenFile:
-        file = self._files.get(name)
-        if file is None:
-            file = TokenFile(self._buffer(name), self.folder.uri(name))
-            self._files[name] = file
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(name)
-        return file
-
-    def _buffer(self, name: str) -> Any:
-        """The bytes of a file: mapped where it is local, fetched where it is not."""
-        if not self.folder.is_local:
-            return self.folder.read(name)
-        with storage_errors(self.folder.uri(name)), open(self.folder.path(name), "rb") as stream:
-            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
-
     def _connected(self) -> duckdb.DuckDBPyConnection:
         if self._connection is None:
             index = ensure_index(self.folder, self.pinned)
@@ -208,6 +235,37 @@ class TokenCache:
                 ) from None
             self._connection = connection
         return self._connection
+
+
+class _OpenFiles(Generic[File]):
+    """The files of one kind that were read last, open.
+
+    It does not know its cache: a cycle would leave the cache's connection to the garbage collector, which may then
+    close it in a forked loader process.
+    """
+
+    def __init__(self, kind: Callable[[Any, str], File], folder: Folder) -> None:
+        self._kind, self._folder = kind, folder
+        self._files: OrderedDict[str, File] = OrderedDict()
+
+    def get(self, name: str) -> File:
+        """The file of this name inside the cache, opened if it is not."""
+        file = self._files.get(name)
+        if file is None:
+            file = self._kind(_buffer(self._folder, name), self._folder.uri(name))
+            self._files[name] = file
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(name)
+        return file
+
+
+def _buffer(folder: Folder, name: str) -> Any:
+    """The bytes of a file: mapped where it is local, fetched where it is not."""
+    if not folder.is_local:
+        return folder.read(name)
+    with storage_errors(folder.uri(name)), open(folder.path(name), "rb") as stream:
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _quoted(text: str) -> str:

@@ -6,9 +6,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..schemas.shard import CLIPS, WEBDATASET, ShardManifest, ShardReceipt, ShardTask
+from ..schemas.shard import CLIPS, EMBEDDINGS, MASKS, WEBDATASET, ShardManifest, ShardReceipt, ShardTask
+from .shard_tar import write_shard_tar
 from .storage import Folder, storage_errors
-from .store import ShardRows, write_clips, write_shard_tar, write_tokens
+from .store import ShardRows, write_clips, write_embeddings, write_masks, write_tokens
 from .webdataset_output import index_path
 from .worker import Worker
 
@@ -43,15 +44,16 @@ def publish_shard(
             start_s = time.perf_counter()
             prefix = f"{product}/{task.plan.shard_id}"
             with storage_errors(staging):
-                written = _write_product(staging, product, task, worker, rows) if rows.clips else {}
+                is_any = bool(rows.sorted_clips(product))
+                written = _write_product(staging, product, task, worker, rows) if is_any else {}
             files = tuple(worker.folder.publish(path, prefix, num_rows) for path, num_rows in written.items())
             yield ShardManifest(
                 shard_id=task.plan.shard_id,
                 product=product,
                 fingerprint=worker.fingerprints[product],
                 files=files,
-                failures=tuple(sorted(rows.failures, key=lambda failure: failure.clip_id)),
-                clips_per_video=dict(sorted(Counter(row["video_id"] for row in rows.clips).items())),
+                failures=rows.failures_of(product),
+                clips_per_video=dict(sorted(Counter(row["video_id"] for row in rows.sorted_clips(product)).items())),
                 host=socket.gethostname(),
                 timings_s={**timings_s, "write": round(time.perf_counter() - start_s, 3)},
                 batch_splits=rows.num_splits(product),
@@ -64,8 +66,13 @@ def _write_product(staging: str, product: str, task: ShardTask, worker: Worker, 
     if product == CLIPS:
         return {write_clips(staging, rows, version): len(rows.clips)}
     if product == WEBDATASET:
-        path = write_shard_tar(staging, rows, task.texts, worker.encoders, version)
+        path = write_shard_tar(staging, rows, task.texts, worker, version)
         return {path: len(rows.clips), index_path(path): 0}
+    if product.startswith(MASKS):
+        path = write_masks(staging, rows, product, worker.mask_makers[product], version)
+        return {path: len(rows.sorted_clips(product))}
+    if product.startswith(EMBEDDINGS):
+        return {write_embeddings(staging, rows, product, version): len(rows.clips)}
     return {write_tokens(staging, rows, product, worker.encoders[product], version): len(rows.clips)}
 
 

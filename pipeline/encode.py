@@ -1,6 +1,8 @@
 """Tokenizing on a fixed batch shape, so that tokens do not depend on how many clips came together."""
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,12 +10,16 @@ import torch
 
 from ..schemas.clip import FrameBatch, Sampling
 from ..schemas.errors import TokenizerError
-from ..tokenizers.base import NO_CODE, VideoTokenizer
+from ..schemas.tokens import EmbeddingSpec, TrajectoryTokens
+from ..tokenizers.base import NO_CODE, TrajectoryBatch, TrajectoryTokenizer, VideoTokenizer
 from .token_file import TokenLayout
 
 log = logging.getLogger(__name__)
 
 USUAL_BATCH, LARGEST_BATCH = 8, 256
+VALUES = "values"  # the tokens themselves, among what a tokenizer gives
+
+Tensors = Mapping[str, torch.Tensor]  # by name, the first dimension that of clips
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,46 +30,80 @@ class BatchEncoder:
     black clips, and `batch_size` is part of the product's fingerprint.
     """
 
-    tokenizer: VideoTokenizer
+    tokenizer: VideoTokenizer | TrajectoryTokenizer
     batch_size: int
     sampling: Sampling
     stored_dtype: str | None = None
 
     @property
+    def has_trajectories(self) -> bool:
+        """Whether tokens stand for trajectories, as many as a clip has, and not for a grid."""
+        return self.tokenizer.spec.kind == "trajectory"
+
+    @property
     def layout(self) -> TokenLayout:
-        """How one clip's tokens are stored: codes as uint16 planes, latents as numbers of `stored_dtype`."""
+        """How one clip's tokens (of trajectories: one token) are stored: codes as uint16 planes, latents as numbers of
+        `stored_dtype`.
+        """
         spec, s = self.tokenizer.spec, self.sampling
         grid_thw = self.tokenizer.grid_shape(s.num_frames, s.height, s.width)
         if spec.kind == "discrete":
             return TokenLayout(dtype="uint16", shape=grid_thw, codebook_size=spec.codebook_size)
-        dtype = self.stored_dtype or spec.dtype
-        return TokenLayout(dtype=dtype, shape=(*grid_thw, spec.latent_dim or 1), codebook_size=None)
+        dtype, dims = self.stored_dtype or spec.dtype, (spec.latent_dim or 1,)
+        return TokenLayout(dtype=dtype, shape=dims if self.has_trajectories else grid_thw + dims, codebook_size=None)
+
+    @property
+    def embedding(self) -> EmbeddingSpec | None:
+        """What the tokenizer gives of each clip beside its tokens; None where it was not asked for it."""
+        return self.tokenizer.embedding if isinstance(self.tokenizer, TrajectoryTokenizer) else None
 
     def encode(self, batch: FrameBatch) -> "EncodedBatch":
         """The tokens of all clips of `batch`, in their order."""
         frames_BTHWC, splits = torch.from_numpy(batch.frames_BTHWC), []
         with torch.inference_mode():
             parts = [self._encode(part, self.batch_size, splits) for part in frames_BTHWC.split(self.batch_size)]
-            tokens = torch.cat(parts)
+            tensors = _joined(parts)
             if self.tokenizer.spec.kind != "discrete":
-                tokens = tokens.to(getattr(torch, self.layout.dtype))
-        return EncodedBatch(tokens, num_splits=len(splits))
+                tensors[VALUES] = tensors[VALUES].to(getattr(torch, self.layout.dtype))
+        return EncodedBatch(tensors, batch.num_valid_B, num_splits=len(splits))
 
-    def _encode(self, frames_BTHWC: torch.Tensor, shape: int, splits: list[int]) -> torch.Tensor:
+    def _encode(self, frames_BTHWC: torch.Tensor, shape: int, splits: list[int]) -> Tensors:
         """The tokens of up to `shape` clips, run as so many, or in halves where memory is short: `splits` notes it."""
         num_clips = len(frames_BTHWC)
         filled = frames_BTHWC
         if num_clips < shape and self.tokenizer.is_batched:
             filled = torch.cat((filled, filled.new_zeros((shape - num_clips, *filled.shape[1:]))))
         try:
-            return self.tokenizer.encode(filled)[:num_clips]
+            made = self.tokenizer.encode(filled)
+            tensors = _tensors_of(made) if isinstance(made, TrajectoryBatch) else {VALUES: made}
+            return {name: tensor[:num_clips] for name, tensor in tensors.items()}
         except torch.OutOfMemoryError:
             half = shape // 2
             if not half:
                 raise
         log.warning("event=batch_split clips=%d", shape)
         splits.append(shape)
-        return torch.cat([self._encode(part, half, splits) for part in frames_BTHWC.split(half)])
+        return _joined([self._encode(part, half, splits) for part in frames_BTHWC.split(half)])
+
+
+def _joined(parts: list[Tensors]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _tensors_of(batch: TrajectoryBatch) -> Tensors:
+    """The tensors of trajectories, each with one row for every clip."""
+    num_clips = len(batch.values_BNd)
+    found = {
+        VALUES: batch.values_BNd,
+        "valid": batch.valid_BN,
+        "slots": batch.slots_N.expand(num_clips, -1),
+        "chunks": batch.chunks_N.expand(num_clips, -1),
+        "trajectories": batch.trajectories_BN,
+        "assignment": batch.assignment_BThw,
+        "mass": batch.mass_BN,
+        "embedding": batch.embedding_BE,
+    }
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 class EncodedBatch:
@@ -71,27 +111,59 @@ class EncodedBatch:
     that memory did not hold and that were made in halves.
     """
 
-    def __init__(self, tokens: torch.Tensor, num_splits: int) -> None:
-        self.shape, self.num_splits = tuple(tokens.shape), num_splits
-        self._arrival = torch.cuda.Event() if tokens.is_cuda else None
-        self._tokens = tokens.to("cpu", non_blocking=True)
+    def __init__(self, tensors: Tensors, num_valid_B: tuple[int, ...], num_splits: int) -> None:
+        self.num_splits, self._num_valid_B = num_splits, num_valid_B
+        values = tensors[VALUES]
+        self._arrival = torch.cuda.Event() if values.is_cuda else None
+        self._tensors = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
         if self._arrival:
-            self._arrival.record(torch.cuda.current_stream(tokens.device))
+            self._arrival.record(torch.cuda.current_stream(values.device))
 
-    def wait(self) -> torch.Tensor:
-        """The tokens, on the CPU; TokenizerError where the arithmetic has left the numbers."""
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the clips have together; those of trajectories are waited for."""
+        if "valid" in self._tensors:
+            return int(self.wait()["valid"].sum())
+        return math.prod(self._tensors[VALUES].shape[:4])
+
+    def wait(self) -> Tensors:
+        """The tensors, on the CPU, tokens as `VALUES`; TokenizerError where the arithmetic has left the numbers."""
         if self._arrival:
             self._arrival.synchronize()
-        floating = self._tokens.is_floating_point()
-        if not (self._tokens.isfinite().all() if floating else (self._tokens != NO_CODE).all()):
+        values = self._tensors[VALUES]
+        if not (values.isfinite().all() if values.is_floating_point() else (values != NO_CODE).all()):
             raise TokenizerError(
                 "the networks gave values that are not finite: set dtype (and stored_dtype) to float32 or bfloat16,"
                 " whose range is wider than that of float16, or check the weights"
             )
-        return self._tokens
+        return self._tensors
+
+    def trajectories(self) -> list[TrajectoryTokens]:
+        """The valid tokens of each clip, where tokens stand for trajectories; bfloat16 as the int16 of its bits."""
+        tensors = self.wait()
+        made = []
+        for i, num_valid in enumerate(self._num_valid_B):
+            valid = tensors["valid"][i]
+            made.append(
+                TrajectoryTokens(
+                    values_Nd=bits_of(tensors[VALUES][i][valid]),
+                    slots_N=tensors["slots"][i][valid].numpy(),
+                    chunks_N=tensors["chunks"][i][valid].numpy(),
+                    trajectories_N=tensors["trajectories"][i][valid].numpy(),
+                    assignment_Thw=tensors["assignment"][i].numpy(),
+                    num_valid=num_valid,
+                    mass_N=tensors["mass"][i][valid].float().numpy() if "mass" in tensors else None,
+                )
+            )
+        return made
 
 
-def largest_batch(tokenizer: VideoTokenizer, sampling: Sampling) -> int:
+def bits_of(tokens: torch.Tensor) -> np.ndarray:
+    """Tokens as numpy can hold them: bfloat16 as the int16 of its bits, everything else as it is."""
+    return (tokens.view(torch.int16) if tokens.dtype == torch.bfloat16 else tokens).numpy()
+
+
+def largest_batch(tokenizer: VideoTokenizer | TrajectoryTokenizer, sampling: Sampling) -> int:
     """The largest power of two of clips that are encoded in at most half of the free memory of the device."""
     if not tokenizer.is_batched:
         return USUAL_BATCH

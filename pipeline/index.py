@@ -168,7 +168,7 @@ def _add_rows(connection: duckdb.DuckDBPyConnection, folder: Folder) -> None:
     """The clips themselves, and where the tokens of each clip lie: file and row, ordered by clip."""
     _create(connection, "clips", file_uris(connection, folder, CLIPS), CLIP_SCHEMA, then="order by clip_id")
     connection.execute("create table locations (product varchar, clip_id uuid, name varchar, row_in_file bigint)")
-    for (product,) in connection.execute("select product from products where tokenizer is not null").fetchall():
+    for (product,) in connection.execute("select product from products where contains(product, '/')").fetchall():
         uris = file_uris(connection, folder, product)
         if uris:
             connection.execute(

@@ -29,6 +29,7 @@ SHARD_SCHEMA = pa.schema(
         pa.field("size_bytes", pa.int64()),
         pa.field("host", pa.string()),
         pa.field("decode_s", pa.float64()),
+        pa.field("segment_s", pa.float64()),
         pa.field("tokenize_s", pa.float64()),
         pa.field("write_s", pa.float64()),
     ]
@@ -58,6 +59,7 @@ PRODUCT_SCHEMA = pa.schema(
         pa.field("product", pa.string()),
         pa.field("fingerprint", pa.string()),
         pa.field("tokenizer", pa.string()),
+        pa.field("segmenter", pa.string()),
         pa.field("kind", pa.string()),
         pa.field("codebook_size", pa.int64()),
         pa.field("dtype", pa.string()),
@@ -89,6 +91,7 @@ def product_row(name: str, entry: ProductInfo) -> dict:
         "product": name,
         "fingerprint": entry.fingerprint,
         "tokenizer": tokenizer.get("name"),
+        "segmenter": (entry.segmenter or {}).get("name"),
         "kind": tokenizer.get("kind"),
         "codebook_size": tokenizer.get("codebook_size"),
         "dtype": tokenizer.get("dtype"),
@@ -121,5 +124,5 @@ def shard_row(manifest: ShardManifest) -> dict:
         "num_failures": len(manifest.failures),
         "size_bytes": sum(file.size_bytes for file in manifest.files),
         "host": manifest.host,
-        **{f"{step}_s": manifest.timings_s.get(step) for step in ("decode", "tokenize", "write")},
+        **{f"{step}_s": manifest.timings_s.get(step) for step in ("decode", "segment", "tokenize", "write")},
     }

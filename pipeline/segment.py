@@ -1,12 +1,18 @@
 """Segmenting: the frames of a clip -> masks and trajectories, as trainers of TrajTok read them (spec section 5)."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
-from ..schemas.clip import ClipFailure, ClipFrames
+from ..schemas.clip import ClipFailure, ClipFrames, Sampling
 from ..schemas.masks import MOST_IDS, ClipMasks, SegmenterSpec
+from .linking import Edge, edge_of
+
+# Rises with every change of this file that changes masks.
+MASKS_REVISION = 1
+COUNTED_TRACKS = 1 << 20  # track ids below it are counted as they are
 
 
 class Segmenter(Protocol):
@@ -25,6 +31,43 @@ class Segmenter(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentedClip:
+    """The masks of a clip, and its first and last real frames as the clips beside it are linked to them: there a
+    track is 1 + the row of a trajectory.
+    """
+
+    masks: ClipMasks
+    first: Edge
+    last: Edge
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskMaker:
+    """A segmenter, how many clips it is given at once, and how many trajectories of a clip are kept."""
+
+    segmenter: Segmenter
+    sampling: Sampling
+    batch_size: int
+    max_trajectories: int
+
+    def make(self, clips: Sequence[ClipFrames]) -> list[SegmentedClip | ClipFailure]:
+        """The masks of each clip, or why it has none."""
+        made: list[SegmentedClip | ClipFailure] = []
+        for start in range(0, len(clips), self.batch_size):
+            chosen = clips[start : start + self.batch_size]
+            for one, tracks in zip(chosen, self.segmenter.segment(chosen), strict=True):
+                made.append(tracks if isinstance(tracks, ClipFailure) else self._segmented(one, tracks))
+        return made
+
+    def _segmented(self, one: ClipFrames, tracks_THW: np.ndarray) -> SegmentedClip:
+        num_valid = one.clip.num_valid
+        masks = masks_of(tracks_THW, num_valid, self.max_trajectories)
+        tracks = masks.tracks_THW
+        first, last = (edge_of(one.frames_THWC[t], tracks[t]) for t in (0, num_valid - 1))
+        return SegmentedClip(masks=masks, first=first, last=last)
+
+
 class FakeSegmenter:
     """Two trajectories: what is brighter than the clip's mean, and what is not."""
 
@@ -41,21 +84,32 @@ def masks_of(tracks_THW: np.ndarray, num_valid: int, most: int) -> ClipMasks:
     Where two segments touch, the pixels of the larger trajectory along the border are 0, so that every frame has
     pixels of no segment; a frame that has none else loses its first pixel. A frame keeps its MOST_IDS largest segments.
     """
-    ids, tracks = np.unique(tracks_THW, return_inverse=True)
-    tracks = tracks.reshape(tracks_THW.shape) + (1 if ids[0] > 0 else 0)
-    tracks = _by_area(tracks, num_valid, most)
+    tracks = _by_area(_numbered(tracks_THW), num_valid, most)
     _open_borders(tracks)
+    _limit_frames(tracks)
     tracks = _by_area(tracks, num_valid, most)
     num = int(tracks.max())
-    masks_THW = tracks.astype(np.uint8) if num <= MOST_IDS else np.stack([_local_ids(frame) for frame in tracks])
+    masks_THW = np.empty(tracks.shape, np.uint8)
     graph_MT = np.zeros((num, len(tracks)), np.int64)
-    for t, (frame, mask) in enumerate(zip(tracks, masks_THW, strict=True)):
-        graph_MT[frame[mask > 0] - 1, t] = mask[mask > 0]
+    for t, frame in enumerate(tracks):
+        present = np.bincount(frame.ravel(), minlength=num + 1)[1:].nonzero()[0]
+        ids = np.zeros(num + 1, np.uint8)
+        ids[1 + present] = 1 + present if num <= MOST_IDS else np.arange(1, len(present) + 1)
+        masks_THW[t], graph_MT[:, t] = ids[frame], ids[1:]
     return ClipMasks(masks_THW=masks_THW, graph_MT=graph_MT, num_valid=num_valid)
 
 
+def _numbered(tracks_THW: np.ndarray) -> np.ndarray:
+    """The same tracks, as numbers from 0 that are small enough to count by."""
+    if 0 <= int(tracks_THW.min()) and int(tracks_THW.max()) < COUNTED_TRACKS:
+        return tracks_THW
+    positive = np.maximum(tracks_THW, 0)
+    ids, tracks = np.unique(positive, return_inverse=True)
+    return tracks.reshape(positive.shape) + int(ids[0] > 0)
+
+
 def _by_area(tracks_THW: np.ndarray, num_valid: int, most: int) -> np.ndarray:
-    """The `most` largest tracks numbered from 1, the largest first; 0 for the others, and for those of no real frame."""
+    """The `most` largest tracks numbered from 1, the largest first; 0 for the others and for those of no real frame."""
     areas = np.bincount(tracks_THW[:num_valid].ravel(), minlength=int(tracks_THW.max()) + 1)
     areas[0] = 0
     order = np.argsort(-areas, kind="stable")[:most]
@@ -77,17 +131,17 @@ def _open_borders(tracks_THW: np.ndarray) -> None:
     tracks_THW[full, 0, 0] = 0
 
 
+def _limit_frames(tracks_THW: np.ndarray) -> None:
+    """Set to 0, in place, all but the first MOST_IDS tracks of every frame."""
+    for frame in tracks_THW:
+        present = np.bincount(frame.ravel()).nonzero()[0]
+        present = present[present > 0]
+        if len(present) > MOST_IDS:
+            frame[frame >= present[MOST_IDS]] = 0
+
+
 def _half(axis: int, i: int) -> list[slice]:
     """All pixels but the last (0) or the first (1) along an axis."""
     index = [slice(None)] * 3
     index[axis] = slice(i, None) if i else slice(None, -1)
     return index
-
-
-def _local_ids(frame_HW: np.ndarray) -> np.ndarray:
-    """The tracks of one frame numbered from 1 in their order, MOST_IDS at most; the smaller ones behind them are 0."""
-    present = np.unique(frame_HW)
-    present = present[present > 0][:MOST_IDS]
-    ids = np.zeros(int(frame_HW.max()) + 1, np.uint8)
-    ids[present] = np.arange(1, len(present) + 1)
-    return ids[frame_HW]

@@ -1,7 +1,6 @@
 """One shard from its plan to its manifests: the whole line that a clip goes through."""
 
 import contextlib
-import math
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
@@ -11,6 +10,7 @@ from .commit import commit_shard
 from .decoders import decode_ahead
 from .encode import EncodedBatch
 from .retries import retry_counts
+from .segment import SegmentedClip
 from .store import ShardRows
 from .worker import Worker
 
@@ -22,16 +22,19 @@ def process_shard(task: ShardTask, worker: Worker) -> Generator[ShardProgress | 
     with contextlib.closing(decode_ahead(task.plan.clips, worker.decoders)) as decoded:
         for clips, failures in batches(decoded, worker.batch_size):
             clock.lap("decode")
-            tokens = tokenize(FrameBatch.stack(clips), task.products, worker) if clips else {}
-            rows.add(clips, tokens)
             rows.failures.extend(failures)
+            masks = segment(clips, task.products, worker)
+            failures += [one for made in masks.values() for one in made if isinstance(one, ClipFailure)]
+            clock.lap("segment")
+            tokens = tokenize(FrameBatch.stack(clips), task.products, worker) if clips else {}
+            rows.add(clips, tokens, masks)
             clock.lap("tokenize")
             num_before, num_retries = num_retries, retry_counts().total()
             yield ShardProgress(
                 shard_id=shard_id,
                 num_clips=len(clips),
                 num_frames=sum(one.clip.num_valid for one in clips),
-                num_tokens=sum(math.prod(batch.shape[:4]) for batch in tokens.values()),
+                num_tokens=sum(batch.num_tokens for batch in tokens.values()),
                 failures=tuple(failures),
                 timings_s=clock.take(),
                 queue_bytes=decoded.waiting_bytes,
@@ -59,6 +62,13 @@ def batches(
         yield batch, failures
 
 
+def segment(
+    clips: Sequence[ClipFrames], products: Sequence[str], worker: Worker
+) -> dict[str, list[SegmentedClip | ClipFailure]]:
+    """The masks that making `products` takes, all from the same frames."""
+    return {product: maker.make(clips) for product, maker in worker.mask_makers_for(products).items()}
+
+
 def tokenize(batch: FrameBatch, products: Sequence[str], worker: Worker) -> dict[str, EncodedBatch]:
     """The tokens that making `products` takes, all from the same frames."""
     return {product: encoder.encode(batch) for product, encoder in worker.encoders_for(products).items()}
@@ -69,7 +79,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._last_s = time.perf_counter()
-        self._laps_s: dict[str, float] = {"decode": 0.0, "tokenize": 0.0}
+        self._laps_s: dict[str, float] = {"decode": 0.0, "segment": 0.0, "tokenize": 0.0}
         self._taken_s: dict[str, float] = {}
 
     def lap(self, step: str) -> None:

@@ -1,20 +1,24 @@
 """The store: rows of a shard -> the local files of its products, which the commit publishes."""
 
+import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from ..schemas.clip import ClipFailure, ClipFrames
-from ..schemas.shard import WEBDATASET, VideoText
+from ..schemas.shard import EMBEDDINGS, TOKENS, WEBDATASET
 from ..schemas.tables import CLIP_SCHEMA, with_format
-from .encode import BatchEncoder, EncodedBatch
-from .token_file import FINGERPRINT, write_token_file
-from .webdataset_output import Sample, TarProduct, write_tar
+from ..schemas.tokens import TrajectoryTokens
+from .encode import VALUES, BatchEncoder, EncodedBatch, bits_of
+from .mask_file import MaskRow, write_mask_file
+from .segment import MaskMaker, SegmentedClip
+from .token_file import FINGERPRINT, TokenLayout, write_token_file
+from .trajectories import trajectory_ids
+from .trajectory_file import write_trajectory_file
 
 TOKEN_ROWS_SCHEMA = pa.schema(
     [pa.field("clip_id", pa.string(), nullable=False), pa.field("num_valid", pa.uint32(), nullable=False)]
@@ -23,16 +27,26 @@ TOKEN_ROWS_SCHEMA = pa.schema(
 
 @dataclass(slots=True)
 class ShardRows:
-    """What a shard has made so far: decoded clips without their frames, tokens by product, failures."""
+    """What a shard has made so far: decoded clips without their frames, tokens and masks by product, failures.
+
+    `mask_failures` are, by product, of clips that were decoded and could not be segmented.
+    """
 
     clips: list[dict] = field(default_factory=list)
     tokens: dict[str, list[EncodedBatch]] = field(default_factory=dict)
+    masks: dict[str, dict[str, SegmentedClip]] = field(default_factory=dict)
     failures: list[ClipFailure] = field(default_factory=list)
+    mask_failures: dict[str, list[ClipFailure]] = field(default_factory=dict)
 
-    def add(self, decoded: Sequence[ClipFrames], tokens: Mapping[str, EncodedBatch]) -> None:
-        """Append a batch: the clips, and for each product their tokens in the same order.
+    def add(
+        self,
+        decoded: Sequence[ClipFrames],
+        tokens: Mapping[str, EncodedBatch],
+        masks: Mapping[str, Sequence[SegmentedClip | ClipFailure]],
+    ) -> None:
+        """Append a batch: the clips, and for each product their tokens or masks in the same order.
 
-        A GPU may still be at work on them: they are waited for when the next batch is on its way.
+        A GPU may still be at work on tokens: they are waited for when the next batch is on its way.
         """
         for one in decoded:
             self.clips.append(
@@ -52,19 +66,47 @@ class ShardRows:
             for last in held[-1:]:
                 last.wait()
             held.append(values)
+        for product, made in masks.items():
+            failed = self.mask_failures.setdefault(product, [])
+            failed += [one for one in made if isinstance(one, ClipFailure)]
+            self.masks.setdefault(product, {}).update(
+                (one.clip.clip_id, masks)
+                for one, masks in zip(decoded, made, strict=True)
+                if isinstance(masks, SegmentedClip)
+            )
 
     @property
     def order(self) -> list[int]:
         """The order of rows in every file, by clip_id: a digest, so neighbours in a file are not so in a video."""
         return sorted(range(len(self.clips)), key=lambda i: self.clips[i]["clip_id"])
 
-    def sorted_clips(self) -> list[dict]:
-        """The clips as files have them."""
-        return [self.clips[i] for i in self.order]
+    def sorted_clips(self, product: str = "") -> list[dict]:
+        """The clips as the files of a product have them: of masks, those that could be segmented."""
+        clips = [self.clips[i] for i in self.order]
+        return [clip for clip in clips if clip["clip_id"] in self.masks[product]] if product in self.masks else clips
 
-    def sorted_tokens(self, product: str) -> np.ndarray:
-        """Codes (N,...) or the bits of latents (N,...) of all clips, as files have them."""
-        return np.concatenate([bits_of(batch.wait()) for batch in self.tokens[product]])[self.order]
+    def failures_of(self, product: str) -> tuple[ClipFailure, ...]:
+        """What could not be made of a product, by clip."""
+        failures = [*self.failures, *self.mask_failures.get(product, [])]
+        return tuple(sorted(failures, key=lambda failure: failure.clip_id))
+
+    def sorted_values(self, product: str, name: str = VALUES) -> np.ndarray:
+        """Codes (N,...) or the bits of latents (N,...) of all clips, as files have them; or their embeddings (N,E)."""
+        return np.concatenate([bits_of(batch.wait()[name]) for batch in self.tokens[product]])[self.order]
+
+    def sorted_trajectories(self, product: str) -> list[TrajectoryTokens]:
+        """The tokens of trajectories of all clips, as files have them."""
+        made = [one for batch in self.tokens[product] for one in batch.trajectories()]
+        return [made[i] for i in self.order]
+
+    def sorted_masks(self, product: str) -> list[MaskRow]:
+        """The masks of all clips that have any, as files have them."""
+        segmented = self.masks.get(product, {})
+        ids = trajectory_ids(self.clips, segmented)
+        return [
+            MaskRow(clip=clip, masks=segmented[clip["clip_id"]].masks, trajectory_ids=ids[clip["clip_id"]])
+            for clip in self.sorted_clips(product)
+        ]
 
     def num_splits(self, product: str) -> int:
         """How many model calls for a product were made in halves; tars hold the tokens of every product."""
@@ -72,14 +114,9 @@ class ShardRows:
         return sum(batch.num_splits for batches in chosen for batch in batches)
 
 
-def bits_of(tokens: torch.Tensor) -> np.ndarray:
-    """Tokens as numpy can hold them: bfloat16 as the int16 of its bits, everything else as it is."""
-    return (tokens.view(torch.int16) if tokens.dtype == torch.bfloat16 else tokens).numpy()
-
-
 def write_clips(staging: str, rows: ShardRows, version: str) -> str:
     """Write what was decoded to a local file; returns its path."""
-    path = f"{staging}/{uuid.uuid4().hex}.parquet"
+    path = _new_path(staging)
     schema = with_format(CLIP_SCHEMA, **{FINGERPRINT.decode(): version})
     pq.write_table(_clip_table(rows).cast(schema), path, compression="zstd", write_page_checksum=True)
     return path
@@ -87,37 +124,45 @@ def write_clips(staging: str, rows: ShardRows, version: str) -> str:
 
 def write_tokens(staging: str, rows: ShardRows, product: str, encoder: BatchEncoder, version: str) -> str:
     """Write the tokens of one product to a local file; returns its path."""
-    path = f"{staging}/{uuid.uuid4().hex}.parquet"
-    table = _clip_table(rows).select(TOKEN_ROWS_SCHEMA.names)
-    write_token_file(path, table, rows.sorted_tokens(product), encoder.layout, {FINGERPRINT.decode(): version})
+    path, footer = _new_path(staging), {FINGERPRINT.decode(): version}
+    if encoder.has_trajectories:
+        clip_ids = [clip["clip_id"] for clip in rows.sorted_clips()]
+        write_trajectory_file(path, clip_ids, rows.sorted_trajectories(product), encoder.layout, footer)
+    else:
+        write_token_file(path, _id_table(rows), rows.sorted_values(product), encoder.layout, footer)
     return path
 
 
-def write_shard_tar(
-    staging: str, rows: ShardRows, texts: Mapping[str, VideoText], encoders: Mapping[str, BatchEncoder], version: str
-) -> str:
-    """Write the tokens of all products to a local tar, with its index beside it; returns the path of the tar.
-
-    `texts` are by video, `encoders` by product.
-    """
-    path = f"{staging}/{uuid.uuid4().hex}.tar"
-    names = {product: product.removeprefix("tokens/") for product in encoders}
-    products = {
-        names[product]: TarProduct(tokenizer=encoder.tokenizer.spec.name, layout=encoder.layout)
-        for product, encoder in encoders.items()
-    }
-    arrays = {name: products[name].arrays(rows.sorted_tokens(product)) for product, name in names.items()}
-    samples = (
-        Sample(
-            clip=clip,
-            text=texts.get(clip["video_id"], VideoText()),
-            arrays={name: array[i] for name, array in arrays.items()},
-        )
-        for i, clip in enumerate(rows.sorted_clips())
+def write_embeddings(staging: str, rows: ShardRows, product: str, version: str) -> str:
+    """Write the embeddings of clips to a local file; returns its path."""
+    path = _new_path(staging)
+    values_NE = rows.sorted_values(product.replace(EMBEDDINGS, TOKENS), "embedding")
+    write_token_file(
+        path, _id_table(rows), values_NE, embedding_layout(values_NE.shape[1]), {FINGERPRINT.decode(): version}
     )
-    write_tar(path, samples, products, version)
     return path
+
+
+def write_masks(staging: str, rows: ShardRows, product: str, maker: MaskMaker, version: str) -> str:
+    """Write the masks of one product to a local file; returns its path."""
+    path = _new_path(staging)
+    spec = json.loads(json.dumps(asdict(maker.segmenter.spec)))
+    write_mask_file(path, rows.sorted_masks(product), spec, {FINGERPRINT.decode(): version})
+    return path
+
+
+def embedding_layout(dim: int) -> TokenLayout:
+    """How the embedding of one clip is stored."""
+    return TokenLayout(dtype="float32", shape=(dim,), codebook_size=None)
+
+
+def _new_path(staging: str) -> str:
+    return f"{staging}/{uuid.uuid4().hex}.parquet"
 
 
 def _clip_table(rows: ShardRows) -> pa.Table:
     return pa.Table.from_pylist(rows.sorted_clips(), schema=CLIP_SCHEMA)
+
+
+def _id_table(rows: ShardRows) -> pa.Table:
+    return _clip_table(rows).select(TOKEN_ROWS_SCHEMA.names)

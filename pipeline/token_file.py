@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..schemas.errors import CacheError
-from ..schemas.tables import check_format, with_format
+from ..schemas.tables import FORMAT_KEY, check_format, with_format
 
 ROW_GROUP_BYTES = 4 << 20
 PROFILE = b"tokenmill.profile"
@@ -180,21 +180,11 @@ class TokenFile:
     def __init__(self, buffer: Any, name: str) -> None:
         self._name = name
         self._buffer = buffer
-        try:
-            self._parquet = pq.ParquetFile(pa.BufferReader(pa.py_buffer(buffer)))
-        except pa.ArrowInvalid as error:
-            raise CacheError(
-                f"{name}: not a readable Parquet file ({error}): tokenmill verify names what is damaged"
-            ) from None
-        metadata = self._parquet.schema_arrow.metadata or {}
-        file_metadata = self._parquet.metadata.metadata or {}
-        if LAYOUT not in file_metadata:
-            raise CacheError(f"{name}: no token layout in its footer, so it is not a token file")
-        version = int(metadata.get(b"tokenmill.format", file_metadata.get(b"tokenmill.format", b"0")))
-        check_format(version, name)
-        self.layout = TokenLayout.from_json(file_metadata[LAYOUT])
-        self.fingerprint = file_metadata.get(FINGERPRINT, metadata.get(FINGERPRINT, b"")).decode()
-        self._checksums: dict[str, list[int]] = json.loads(file_metadata.get(CHECKSUMS, b"{}"))
+        self._parquet = open_parquet(buffer, name)
+        footer = check_token_file(self._parquet, name)
+        self.layout = TokenLayout.from_json(footer[LAYOUT])
+        self.fingerprint = footer.get(FINGERPRINT, b"").decode()
+        self._checksums: dict[str, list[int]] = json.loads(footer.get(CHECKSUMS, b"{}"))
         self._groups = self._row_groups()
         self._group_ends = np.cumsum([self._parquet.metadata.row_group(i).num_rows for i in range(len(self._groups))])
         self.num_rows: int = self._parquet.metadata.num_rows
@@ -256,13 +246,35 @@ class TokenFile:
         for i in range(metadata.num_row_groups):
             group = metadata.row_group(i)
             columns = {name: group.column(names.index(name)) for name in self.layout.widths}
-            groups.append({name: _values_offset(column, self.layout.widths[name]) for name, column in columns.items()})
+            groups.append({name: values_offset(column, self.layout.widths[name]) for name, column in columns.items()})
         return groups
 
 
-def _values_offset(column: Any, width: int) -> int | None:
-    """Where the values of a direct column chunk begin: after one small page header. None for other layouts."""
+def open_parquet(buffer: Any, name: str) -> pq.ParquetFile:
+    """The Parquet file `name`, whose bytes `buffer` holds; CacheError where it is none. Pages are checked when read."""
+    try:
+        return pq.ParquetFile(pa.BufferReader(pa.py_buffer(buffer)), page_checksum_verification=True)
+    except pa.ArrowInvalid as error:
+        raise CacheError(
+            f"{name}: not a readable Parquet file ({error}): tokenmill verify names what is damaged"
+        ) from None
+
+
+def check_token_file(parquet: pq.ParquetFile, name: str) -> dict[bytes, bytes]:
+    """The footer of a token file; CacheError where the file is none, or of another format."""
+    footer = {**(parquet.schema_arrow.metadata or {}), **(parquet.metadata.metadata or {})}
+    if LAYOUT not in footer:
+        raise CacheError(f"{name}: no token layout in its footer, so it is not a token file")
+    check_format(int(footer.get(FORMAT_KEY, b"0")), name)
+    return footer
+
+
+def values_offset(column: Any, width: int) -> int | None:
+    """Where the values of a direct column chunk begin: after one small page header (and the levels of lists).
+
+    None for other layouts.
+    """
     if column.compression != "UNCOMPRESSED" or column.has_dictionary_page or "PLAIN" not in column.encodings:
         return None
     start = column.data_page_offset + column.total_compressed_size - column.num_values * width
-    return start if 0 < start - column.data_page_offset < 4096 else None
+    return start if 0 < start - column.data_page_offset < 4096 + column.num_values else None

@@ -7,6 +7,7 @@ The members of a sample are neighbours: ``<clip_id>.<name>.npy`` for every produ
 import io
 import json
 import tarfile
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -68,15 +69,18 @@ class TarProduct:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """A clip on its way into a tar: its row with the uri of its video, the video's text, and its tokens by name."""
+    """A clip on its way into a tar: its row with the uri of its video, the video's text, and its members by name.
+
+    A member is one array (``.npy``) or several by name (``.npz``).
+    """
 
     clip: Mapping[str, Any]
     text: VideoText
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray | Mapping[str, np.ndarray]]
 
 
 def tars_fingerprint(tokens: Mapping[str, str]) -> str:
-    """The version of tars that hold token products of these fingerprints, by product."""
+    """The version of tars that hold products of these fingerprints, by product."""
     return digest_of({"format": FORMAT_VERSION, "layout": LAYOUT_REVISION, "tokens": dict(tokens)})
 
 
@@ -85,12 +89,13 @@ def index_path(tar_path: str) -> str:
     return f"{tar_path.removesuffix('.tar')}.index.parquet"
 
 
-def write_tar(path: str, samples: Iterable[Sample], products: Mapping[str, TarProduct], version: str) -> int:
+def write_tar(path: str, samples: Iterable[Sample], products: Mapping[str, Mapping[str, Any]], version: str) -> int:
     """Write samples to the new local file `path`, and their index beside it; returns how many there were.
 
-    `products` are by name. Both files carry `version`, so two versions of tars are never the same file.
+    `products` is what every sample says of each, by name. Both files carry `version`, so two versions of tars are never
+    the same file.
     """
-    shared = {"fingerprint": version, "products": {name: product.to_json() for name, product in products.items()}}
+    shared = {"fingerprint": version, "products": dict(products)}
     places: list[dict[str, Any]] = []
     num_samples = 0
     with open(path, "xb") as stream:
@@ -110,7 +115,12 @@ def _members(sample: Sample, shared: Mapping[str, Any]) -> list[tuple[str, bytes
     clip, text = sample.clip, sample.text
     described = {key: clip[key] for key in CLIP_KEYS} | dict(shared)
     described |= {"caption": text.caption, "metadata": json.loads(text.metadata) if text.metadata else None}
-    members = {f"{name}.npy": _npy(array) for name, array in sample.arrays.items()}
+    members = {
+        f"{name}.npy" if isinstance(one, np.ndarray) else f"{name}.npz": _npy(one)
+        if isinstance(one, np.ndarray)
+        else _npz(one)
+        for name, one in sample.arrays.items()
+    }
     members["json"] = json.dumps(described, sort_keys=True, ensure_ascii=False).encode()
     return [(f"{clip['clip_id']}.{suffix}", members[suffix]) for suffix in sorted(members)]
 
@@ -118,6 +128,15 @@ def _members(sample: Sample, shared: Mapping[str, Any]) -> list[tuple[str, bytes
 def _npy(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.lib.format.write_array(stream, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return stream.getvalue()
+
+
+def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """As numpy.savez_compressed, which would also store the time of day."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, array in arrays.items():
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), _npy(array), zipfile.ZIP_DEFLATED)
     return stream.getvalue()
 
 

@@ -16,13 +16,15 @@ _VERSION = re.compile(rf"{PRODUCTS}/(.+)/(\d+)\.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductInfo:
-    """One product: the fingerprint of its current version; for tokens also the recipe's section that asked for
-    them, what their tokenizer is, and the shape of a clip's tokens.
+    """One product: the fingerprint of its current version; for tokens and masks also the recipe's section that asked
+    for them, and what their tokenizer or segmenter is. `shape` is that of a clip's tokens (of trajectories: of one
+    token), or of a clip's embedding.
     """
 
     fingerprint: str
     section: Mapping[str, Any] | None = None
     tokenizer: Mapping[str, Any] | None = None
+    segmenter: Mapping[str, Any] | None = None
     shape: tuple[int, ...] = ()
 
     def to_json(self) -> bytes:

@@ -13,9 +13,22 @@ WEBDATASET = "webdataset"
 SHORT_DIGEST = 12
 
 
+TOKENS, EMBEDDINGS, MASKS = "tokens/", "embeddings/", "masks/"  # how the products of a kind begin
+
+
 def tokens_product(name: str) -> str:
     """The product that the recipe's section `tokens.<name>` makes."""
-    return f"tokens/{name}"
+    return f"{TOKENS}{name}"
+
+
+def embeddings_product(name: str) -> str:
+    """What the tokenizer of `tokens.<name>` makes beside its tokens, where it is asked to embed clips."""
+    return f"{EMBEDDINGS}{name}"
+
+
+def masks_product(name: str) -> str:
+    """The product that the recipe's section `masks.<name>` makes."""
+    return f"{MASKS}{name}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """What a tokenizer is and what it makes."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,7 +15,8 @@ class TokenizerSpec:
 
     `codebook_size` is set for discrete tokens, `latent_dim` for the others. `stride_thw` is how many frames,
     rows and columns one token covers. `dtype` is the number type of the arithmetic, and
-    `compiled` whether torch.compile orders it. `revision` rises with every change of our code that changes tokens.
+    `compiled` whether torch.compile orders it. `options` are the settings that its family alone knows, by name, as JSON
+    has them. `revision` rises with every change of our code that changes tokens.
     """
 
     name: str
@@ -25,6 +27,7 @@ class TokenizerSpec:
     weights_sha256: str | None
     dtype: str
     compiled: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
     revision: int = 1
 
     def __post_init__(self) -> None:
@@ -34,6 +37,17 @@ class TokenizerSpec:
             raise ValueError(f"{self.kind} tokens need a positive latent_dim: {self.latent_dim=}")
         if min(self.stride_thw) < 1:
             raise ValueError(f"strides must be positive: {self.stride_thw=}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingSpec:
+    """What a tokenizer gives of a whole clip: `dim` numbers of length 1, near to those of clips and texts alike.
+
+    `options` are what decides them beside what decides the tokens.
+    """
+
+    dim: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,13 +66,29 @@ class TokenGrid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrajectoryTokens:
-    """One token per object trajectory of a clip: `values_Nd`, of which those in `valid_N` stand for an object."""
+    """One token, or a few, per object trajectory of a clip: `values_Nd` of the slots that stand for one.
+
+    `slots_N` names the slot of each row, in rising order within its chunk, `chunks_N` the part of the clip (from 0),
+    and `trajectories_N` the trajectory of the clip (from 0), which may go on in the next chunk under another slot.
+    `assignment_Thw` (uint8) is the slot that each patch of each frame belongs to. `mass_N`, where it was asked for, is
+    how many patches each slot has by soft shares. The first `num_valid` frames are real.
+    """
 
     values_Nd: np.ndarray
-    valid_N: np.ndarray
+    slots_N: np.ndarray
+    chunks_N: np.ndarray
+    trajectories_N: np.ndarray
+    assignment_Thw: np.ndarray
+    num_valid: int
+    mass_N: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.values_Nd.ndim != 2:
             raise ValueError(f"trajectory tokens are (N,d), found {self.values_Nd.shape}")
-        if self.valid_N.dtype != np.bool_ or self.valid_N.shape != self.values_Nd.shape[:1]:
-            raise ValueError(f"valid_N must be bool (N,) beside {self.values_Nd.shape}: {self.valid_N.shape}")
+        of_rows = {"slots_N": self.slots_N, "chunks_N": self.chunks_N, "trajectories_N": self.trajectories_N}
+        for name, array in of_rows.items():
+            if array.shape != self.values_Nd.shape[:1]:
+                raise ValueError(f"{name} must be (N,) beside tokens {self.values_Nd.shape}, found {array.shape}")
+        if self.assignment_Thw.dtype != np.uint8 or self.assignment_Thw.ndim != 3:
+            found = self.assignment_Thw
+            raise ValueError(f"an assignment is (T,h,w) uint8, found {found.dtype} {found.shape}")

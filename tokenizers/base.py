@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from ..schemas.errors import TokenizerError
-from ..schemas.tokens import TokenizerSpec
+from ..schemas.tokens import EmbeddingSpec, TokenizerSpec
 
 NO_CODE = -1  # in place of the code of a latent that is not a number: such tokens are never stored
 
@@ -45,6 +45,7 @@ class TrajectoryBatch:
     embedding_BE: torch.Tensor | None = None
 
 
+@runtime_checkable
 class TrajectoryTokenizer(Protocol):
     """Turns frames into one token, or a few, for each trajectory. There is no way back to frames."""
 
@@ -59,8 +60,8 @@ class TrajectoryTokenizer(Protocol):
         ...
 
     @property
-    def embedding_dim(self) -> int | None:
-        """How many numbers the embedding of a clip has; None where none was asked for."""
+    def embedding(self) -> EmbeddingSpec | None:
+        """What `encode` gives of whole clips; None where that was not asked for."""
         ...
 
     def grid_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:

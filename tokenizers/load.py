@@ -48,6 +48,12 @@ def _load_dct_fsq(variant: str, settings: Settings) -> VideoTokenizer:
     return DctFsq(variant, device=settings.device)
 
 
+def _load_trajtok(variant: str, settings: Settings) -> TrajectoryTokenizer:
+    from .trajtok_tokenizer import TrajTokTokenizer
+
+    return TrajTokTokenizer(variant, settings)
+
+
 def _load_vidtok(variant: str, settings: Settings) -> VideoTokenizer:
     from .vidtok import VidTokTokenizer
 
@@ -66,6 +72,7 @@ def _load_fake(variant: str, settings: Settings) -> VideoTokenizer:
 FAMILIES: dict[str, Callable[[str, Settings], VideoTokenizer | TrajectoryTokenizer]] = {
     "dct_fsq": _load_dct_fsq,
     "fake": _load_fake,
+    "trajtok": _load_trajtok,
     "vidtok": _load_vidtok,
 }
 

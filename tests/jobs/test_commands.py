@@ -147,6 +147,7 @@ def test_status_says_where_the_workers_time_went(tokenmill: Command, cache: Path
     shares = [int(part.split()[-1].rstrip("%")) for part in line.partition(" of ")[0].split(", ")]
     assert [part.rpartition(" ")[0] for part in line.removeprefix("workers: ").partition(" of ")[0].split(", ")] == [
         "decode wait",
+        "segment",
         "tokenize",
         "write",
     ]

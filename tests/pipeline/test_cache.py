@@ -217,7 +217,7 @@ def test_unknown_clips_and_products_are_named(cache: TokenCache, made: tuple[str
     known = made[2][0].clip_id
     with pytest.raises(CacheError, match=r"tokens/dct has no clip 'abc' \(1 of 2 asked are missing\)"):
         cache.read("dct", [known, "abc"])
-    with pytest.raises(CacheError, match=r"no product 'dtc' \(did you mean 'dct'\?\); there are dct, fake, mean"):
+    with pytest.raises(CacheError, match=r"no product tokens/dtc \(did you mean 'dct'\?\); there are dct, fake, mean"):
         cache.read("dtc", [known])
     with pytest.raises(CacheError, match="no clip was asked for"):
         cache.read("dct", [])

@@ -13,7 +13,7 @@ import torch
 from tokenmill.pipeline.commit import commit_manifests, commit_shard, publish_shard
 from tokenmill.pipeline.decode import FakeDecoder
 from tokenmill.pipeline.decoders import DirectDecoder
-from tokenmill.pipeline.encode import BatchEncoder, EncodedBatch
+from tokenmill.pipeline.encode import VALUES, BatchEncoder, EncodedBatch
 from tokenmill.pipeline.manifests import committed_names, missing_products, read_manifests
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.store import ShardRows
@@ -38,7 +38,7 @@ def worker_for(url: str, format: ShardsFormat = "parquet", names: Sequence[str] 
         folder=Folder(url),
         decoders=(DirectDecoder(decoder),),
         encoders=encoders,
-        fingerprints=fingerprints_of(decoder, encoders, format),
+        fingerprints=fingerprints_of(decoder, encoders, format=format),
     )
 
 
@@ -64,11 +64,14 @@ def rows_of(worker: Worker, value: int = 0, num_clips: int = 5, at_once: int = 5
         chosen = clips[start : start + at_once]
         frames_THWC = np.zeros((4, 8, 16, 3), np.uint8)
         decoded = [
-            ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, frame_numbers=(0,), decoder="fake")
+            ClipFrames(
+                clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, frame_numbers=(0,), decoder="fake"
+            )
             for clip in chosen
         ]
         tokens = torch.full((len(chosen), 1, 1, 2), value)
-        rows.add(decoded, {p: EncodedBatch(tokens, num_splits=value % 2) for p in worker.encoders})
+        batch = EncodedBatch({VALUES: tokens}, (1,) * len(decoded), num_splits=value % 2)
+        rows.add(decoded, dict.fromkeys(worker.encoders, batch), {})
     return rows
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenmill.pipeline.encode import LARGEST_BATCH, BatchEncoder, EncodedBatch, largest_batch
+from tokenmill.pipeline.encode import LARGEST_BATCH, VALUES, BatchEncoder, EncodedBatch, largest_batch
 from tokenmill.schemas.clip import Clip, FrameBatch, Sampling, Video
 from tokenmill.schemas.errors import TokenizerError
 from tokenmill.tokenizers.base import NO_CODE, FakeTokenizer
@@ -38,7 +38,7 @@ def batch_of(num_clips: int) -> FrameBatch:
 
 
 def codes_of(encoder: BatchEncoder, num_clips: int) -> list[int]:
-    return encoder.encode(batch_of(num_clips)).wait().flatten().tolist()
+    return encoder.encode(batch_of(num_clips)).wait()[VALUES].flatten().tolist()
 
 
 def test_the_last_batch_is_filled_up_where_clips_are_computed_together() -> None:
@@ -77,4 +77,4 @@ def test_the_largest_batch_leaves_half_of_the_memory_free(most: int, size: int) 
 )
 def test_values_that_are_no_numbers_are_never_stored(tokens: torch.Tensor) -> None:
     with pytest.raises(TokenizerError, match="not finite: set dtype"):
-        EncodedBatch(tokens, num_splits=0).wait()
+        EncodedBatch({VALUES: tokens}, (1,), num_splits=0).wait()

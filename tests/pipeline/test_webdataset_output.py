@@ -56,6 +56,10 @@ def samples_of(num_clips: int, products: dict[str, TarProduct]) -> list[Sample]:
     ]
 
 
+def described(products: dict[str, TarProduct]) -> dict[str, dict[str, Any]]:
+    return {name: product.to_json() for name, product in products.items()}
+
+
 def read_back(*paths: Path) -> list[dict[str, Any]]:
     """All samples of tars as the webdataset library decodes them."""
     with warnings.catch_warnings():
@@ -68,7 +72,7 @@ def read_back(*paths: Path) -> list[dict[str, Any]]:
 def test_the_webdataset_library_reads_what_was_written(tmp_path: Path) -> None:
     products = {"dct": product_of(), "vae": product_of(None, "float32"), "big": product_of(1 << 18)}
     samples = samples_of(3, products)
-    assert write_tar(str(tmp_path / "a.tar"), samples, products, "version") == 3
+    assert write_tar(str(tmp_path / "a.tar"), samples, described(products), "version") == 3
     read = read_back(tmp_path / "a.tar")
     assert [one["__key__"] for one in read] == [sample.clip["clip_id"] for sample in samples]
     for one, sample in zip(read, samples, strict=True):
@@ -84,7 +88,7 @@ def test_the_webdataset_library_reads_what_was_written(tmp_path: Path) -> None:
 
 def test_a_sample_says_what_it_is(tmp_path: Path) -> None:
     products = {"dct": product_of(), "vae": product_of(None, "bfloat16")}
-    write_tar(str(tmp_path / "a.tar"), samples_of(2, products), products, "version")
+    write_tar(str(tmp_path / "a.tar"), samples_of(2, products), described(products), "version")
     without, with_text = (one["json"] for one in read_back(tmp_path / "a.tar"))
     assert with_text == {
         "clip_id": f"{1:032x}",
@@ -107,7 +111,7 @@ def test_a_sample_says_what_it_is(tmp_path: Path) -> None:
 
 def test_members_of_a_sample_are_neighbours_and_name_no_time_or_user(tmp_path: Path) -> None:
     products = {"zz": product_of(), "dct": product_of()}
-    write_tar(str(tmp_path / "a.tar"), samples_of(2, products), products, "version")
+    write_tar(str(tmp_path / "a.tar"), samples_of(2, products), described(products), "version")
     with tarfile.open(tmp_path / "a.tar") as tar:
         members = tar.getmembers()
     assert [member.name for member in members] == [
@@ -120,7 +124,7 @@ def test_the_index_leads_to_every_member(tmp_path: Path) -> None:
     products = {"dct": product_of(), "vae": product_of(None, "float16")}
     samples = samples_of(4, products)
     path = tmp_path / "a.tar"
-    write_tar(str(path), samples, products, "version")
+    write_tar(str(path), samples, described(products), "version")
     index = pq.read_table(index_path(str(path)))
     assert index.schema.metadata[b"tokenmill.fingerprint"] == b"version"
     assert index.num_rows == 4 * 3
@@ -139,7 +143,7 @@ def test_the_same_samples_are_the_same_bytes(tmp_path: Path) -> None:
     products = {"dct": product_of(), "vae": product_of(None, "float32")}
     digests = set()
     for name in ("a", "b"):
-        write_tar(str(tmp_path / f"{name}.tar"), samples_of(3, products), products, "version")
+        write_tar(str(tmp_path / f"{name}.tar"), samples_of(3, products), described(products), "version")
         digests.add(hashlib.sha256((tmp_path / f"{name}.tar").read_bytes()).hexdigest())
     # Golden: a change of these bytes needs a new LAYOUT_REVISION.
     assert digests == {"2c63f6daeb1a186fe05e6fc6554af240725712485edab53b31da7d7774d133fb"}
@@ -150,7 +154,7 @@ def test_the_same_samples_are_the_same_bytes(tmp_path: Path) -> None:
 def test_two_versions_of_the_same_tokens_are_two_files(tmp_path: Path) -> None:
     products = {"dct": product_of()}
     for version in ("one", "two"):
-        write_tar(str(tmp_path / f"{version}.tar"), samples_of(2, products), products, version)
+        write_tar(str(tmp_path / f"{version}.tar"), samples_of(2, products), described(products), version)
     for suffix in (".tar", ".index.parquet"):
         assert (tmp_path / f"one{suffix}").read_bytes() != (tmp_path / f"two{suffix}").read_bytes()
 
@@ -180,7 +184,7 @@ def test_a_product_of_a_long_name_is_read_back(tmp_path: Path) -> None:
     name = "a" * 120  # longer than a plain tar header takes
     products = {name: product_of()}
     samples = samples_of(1, products)
-    write_tar(str(tmp_path / "a.tar"), samples, products, "version")
+    write_tar(str(tmp_path / "a.tar"), samples, described(products), "version")
     (read,) = read_back(tmp_path / "a.tar")
     np.testing.assert_array_equal(read[f"{name}.npy"], samples[0].arrays[name])
 

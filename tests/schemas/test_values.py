@@ -7,6 +7,7 @@ import pytest
 
 from tokenmill.schemas.clip import Clip, ClipFrames, FrameBatch, Sampling, Video
 from tokenmill.schemas.digest import digest_of
+from tokenmill.schemas.masks import ClipMasks
 from tokenmill.schemas.shard import ShardPlan
 from tokenmill.schemas.tokens import TokenGrid, TokenizerSpec, TrajectoryTokens
 
@@ -22,6 +23,21 @@ SPEC: dict[str, Any] = {
 FRAMES_THWC = np.zeros((4, 8, 8, 3), np.uint8)
 
 
+GRAPH_MT = np.zeros((3, 1), np.int64)
+
+
+def trajectory_tokens(values_Nd: np.ndarray, num_slots: int, assignment: np.ndarray | None = None) -> TrajectoryTokens:
+    slots = np.arange(num_slots)
+    return TrajectoryTokens(
+        values_Nd=values_Nd,
+        slots_N=slots,
+        chunks_N=slots,
+        trajectories_N=slots,
+        assignment_Thw=np.zeros((1, 2, 2), np.uint8) if assignment is None else assignment,
+        num_valid=1,
+    )
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -32,7 +48,9 @@ FRAMES_THWC = np.zeros((4, 8, 8, 3), np.uint8)
         (lambda: Clip(clip_id="c", video=VIDEO, start_s=1, end_s=1, frame_pts_s=(1.0,)), "clip c is empty"),
         (lambda: ShardPlan(shard_id="s", clips=()), "shard s has no clips"),
         (
-            lambda: ClipFrames(clip=CLIP, frames_THWC=FRAMES_THWC[..., :2], decoded_pts_s=(), frame_numbers=(), decoder=""),
+            lambda: ClipFrames(
+                clip=CLIP, frames_THWC=FRAMES_THWC[..., :2], decoded_pts_s=(), frame_numbers=(), decoder=""
+            ),
             r"must be \(T,H,W,3\) uint8",
         ),
         (
@@ -49,12 +67,28 @@ FRAMES_THWC = np.zeros((4, 8, 8, 3), np.uint8)
         (lambda: TokenGrid(values_thw=np.zeros((2, 2)), num_valid=1), r"a token grid is \(t,h,w\) or \(t,h,w,d\)"),
         (lambda: TokenGrid(values_thw=np.zeros((2, 2, 2)), num_valid=0), "one real frame or more"),
         (
-            lambda: TrajectoryTokens(values_Nd=np.zeros(3), valid_N=np.ones(3, bool)),
+            lambda: trajectory_tokens(np.zeros(3), 3),
             r"trajectory tokens are \(N,d\), found \(3,\)",
         ),
         (
-            lambda: TrajectoryTokens(values_Nd=np.zeros((3, 2)), valid_N=np.ones(2, bool)),
-            r"valid_N must be bool \(N,\)",
+            lambda: trajectory_tokens(np.zeros((3, 2)), 2),
+            r"slots_N must be \(N,\) beside tokens \(3, 2\), found \(2,\)",
+        ),
+        (
+            lambda: trajectory_tokens(np.zeros((3, 2)), 3, assignment=np.zeros((1, 2, 2))),
+            r"an assignment is \(T,h,w\) uint8, found float64",
+        ),
+        (
+            lambda: ClipMasks(masks_THW=np.zeros((1, 2, 2)), graph_MT=GRAPH_MT, num_valid=1),
+            r"masks must be \(T,H,W\) uint8, found float64",
+        ),
+        (
+            lambda: ClipMasks(masks_THW=np.zeros((2, 2, 2), np.uint8), graph_MT=GRAPH_MT, num_valid=1),
+            r"a graph must be \(M,T\) int64 beside masks \(2, 2, 2\)",
+        ),
+        (
+            lambda: ClipMasks(masks_THW=np.zeros((1, 2, 2), np.uint8), graph_MT=GRAPH_MT, num_valid=2),
+            "of 1 frames one or more are real, found self.num_valid=2",
         ),
     ],
 )
@@ -65,7 +99,13 @@ def test_a_value_that_cannot_be_is_refused_at_birth(make: Any, message: str) -> 
 
 def test_clips_stack_into_a_batch_in_their_order() -> None:
     decoded = [
-        ClipFrames(clip=CLIP, frames_THWC=np.full_like(FRAMES_THWC, i), decoded_pts_s=(0.0, 0.5), frame_numbers=(0, 1), decoder="fake")
+        ClipFrames(
+            clip=CLIP,
+            frames_THWC=np.full_like(FRAMES_THWC, i),
+            decoded_pts_s=(0.0, 0.5),
+            frame_numbers=(0, 1),
+            decoder="fake",
+        )
         for i in range(3)
     ]
     batch = FrameBatch.stack(decoded)

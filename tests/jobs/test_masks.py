@@ -1,0 +1,185 @@
+"""Masks and trajectories flow through a job beside tokens, from one decode."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tokenmill as library
+from tokenmill.pipeline.segment import FakeSegmenter
+from tokenmill.schemas.clip import ClipFailure
+from tokenmill.schemas.errors import CacheError
+
+from ..pipeline.test_webdataset_output import read_back
+from .conftest import Command
+
+MASKS = {"objects": {"segmenter": "fake"}}
+
+
+def data_files(cache: Path) -> dict[str, bytes]:
+    folders = ("clips", "masks", "tokens", "webdataset")
+    return {str(p.relative_to(cache)): p.read_bytes() for f in folders for p in cache.glob(f"{f}/**/*.*")}
+
+
+@pytest.fixture
+def made(tokenmill: Command, write_recipe: Callable[..., str], footage: Path, tmp_path: Path) -> Path:
+    """A cache of one real video with the fake tokenizer and the fake segmenter."""
+    run = tokenmill("run", write_recipe([footage / "carphone_pristine.mp4"], masks=MASKS))
+    assert run.code == 0, run.err
+    return tmp_path / "cache"
+
+
+def test_masks_and_tokens_of_the_same_clips_come_from_one_job(made: Path) -> None:
+    cache = library.open_cache(str(made))
+    counts = cache.sql("""
+        select product, sum(num_clips)::bigint as num_clips, sum(segment_s) as segment_s from shards
+        group by product order by product""").to_pylist()
+    assert [row["product"] for row in counts] == ["clips", "masks/objects", "tokens/fake"]
+    assert len({row["num_clips"] for row in counts}) == 1
+    assert all(row["segment_s"] > 0 for row in counts)
+    clip_ids = cache.clips()["clip_id"].to_pylist()
+    masks = cache.read_masks("objects", clip_ids)
+    assert len(masks) == len(clip_ids) == counts[0]["num_clips"]
+    assert all(one.masks_THW.shape == (8, 32, 48) for one in masks)
+
+
+def test_sql_answers_what_trajectories_there_are(made: Path) -> None:
+    cache = library.open_cache(str(made))
+    many = cache.sql("select count(*) as n from masks where num_trajectories > 1")["n"][0].as_py()
+    clips = cache.sql("select count(distinct clip_id) as n from trajectories where row = 1")["n"][0].as_py()
+    assert many == clips > 0
+    (row,) = cache.sql("from trajectories order by clip_id, row limit 1").to_pylist()
+    (masks,) = cache.read_masks("masks/objects", [row["clip_id"]])
+    areas_T = masks.areas_MT[0, : masks.num_valid]
+    assert (row["area"], row["num_frames"]) == (areas_T.sum(), np.count_nonzero(areas_T))
+    assert row["area_share"] == pytest.approx(areas_T.sum() / (masks.num_valid * 32 * 48))
+    assert row["duration_s"] == pytest.approx(row["end_s"] - row["start_s"])
+    # Clips last a third of a second: what goes on for two seconds goes on over clips.
+    lasting = cache.sql("from video_trajectories where duration_s > 2 order by duration_s desc").to_pylist()
+    assert lasting
+    assert lasting[0]["num_clips"] > 4
+
+
+def test_a_product_of_masks_is_added_to_a_cache_later_and_to_nothing_else(
+    tokenmill: Command, write_recipe: Callable[..., str], footage: Path, tmp_path: Path
+) -> None:
+    sources = [footage / "carphone_pristine.mp4"]
+    assert tokenmill("run", write_recipe(sources)).code == 0
+    before = data_files(tmp_path / "cache")
+    assert tokenmill("run", write_recipe(sources, masks=MASKS)).code == 0
+    after = data_files(tmp_path / "cache")
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith("masks/objects/") for name in set(after) - set(before))
+    assert len(after) > len(before)
+
+
+def test_a_job_may_make_masks_alone(
+    tokenmill: Command, write_recipe: Callable[..., str], footage: Path, tmp_path: Path
+) -> None:
+    run = tokenmill("run", write_recipe([footage / "carphone_pristine.mp4"], masks=MASKS, tokens={}))
+    assert run.code == 0, run.err
+    cache = library.open_cache(str(tmp_path / "cache"))
+    assert set(cache.info.products) == {"clips", "masks/objects"}
+    assert tokenmill("verify", str(tmp_path / "cache"), "--deep", "--retokenize", "0.1").code == 0
+
+
+def test_what_is_made_again_is_the_same(made: Path, tokenmill: Command) -> None:
+    run = tokenmill("verify", str(made), "--deep", "--retokenize", "0.2")
+    assert run.code == 0, run.out
+    assert "masks/objects: 0 of" in run.out
+    assert "0 of" in run.out.partition("tokens/fake: ")[2]
+
+
+def test_masks_made_by_another_segmenter_are_another_version(
+    made: Path, tokenmill: Command, write_recipe: Callable[..., str], footage: Path
+) -> None:
+    other = {"objects": {"segmenter": "fake", "max_trajectories": 1}}
+    assert tokenmill("run", write_recipe([footage / "carphone_pristine.mp4"], masks=other)).code == 0
+    cache = library.open_cache(str(made))
+    assert cache.sql("select max(num_trajectories) as n from masks")["n"][0].as_py() == 1
+    assert len(list((made / "products" / "masks" / "objects").glob("*.json"))) == 2
+
+
+class Picky(FakeSegmenter):
+    """Cannot segment the clips that begin in the second second."""
+
+    def segment(self, clips):
+        made = super().segment(clips)
+        reasons = [ClipFailure(clip_id=one.clip.clip_id, step="segment", reason="too picky") for one in clips]
+        return [
+            reason if 1 <= one.clip.start_s < 2 else tracks
+            for one, reason, tracks in zip(clips, reasons, made, strict=True)
+        ]
+
+
+def test_a_clip_that_cannot_be_segmented_fails_for_its_masks_alone(
+    tokenmill: Command,
+    write_recipe: Callable[..., str],
+    footage: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tokenmill.jobs.segmenters.FakeSegmenter", Picky)
+    run = tokenmill("run", write_recipe([footage / "carphone_pristine.mp4"], masks=MASKS))
+    assert run.code == 3
+    assert "too picky" in run.out
+    cache = library.open_cache(str(tmp_path / "cache"))
+    failed = cache.sql("select product, step, clip_id from failures").to_pylist()
+    assert {(row["product"], row["step"]) for row in failed} == {("masks/objects", "segment")}
+    rows = cache.sql("select product, count(*) as n from locations group by all").to_pylist()
+    counts = {row["product"]: row["n"] for row in rows}
+    assert counts["masks/objects"] == counts["tokens/fake"] - len(failed)
+    with pytest.raises(CacheError, match="has no clip"):
+        cache.read_masks("objects", [failed[0]["clip_id"]])
+    assert tokenmill("verify", str(tmp_path / "cache"), "--deep").code == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    retried = tokenmill("retry", str(tmp_path / "cache"))
+    assert retried.code == 0, retried.err
+    assert library.open_cache(str(tmp_path / "cache")).sql("from failures").num_rows == 0
+
+
+def test_tars_hold_masks_and_tokens_of_a_clip_side_by_side(
+    tokenmill: Command, write_recipe: Callable[..., str], footage: Path, tmp_path: Path
+) -> None:
+    sources = [footage / "carphone_pristine.mp4"]
+    assert tokenmill("run", write_recipe(sources, masks=MASKS, shards={"format": "both"})).code == 0
+    cache = library.open_cache(str(tmp_path / "cache"))
+    (tar,) = (tmp_path / "cache").glob("webdataset/*.tar")
+    samples = read_back(tar)
+    assert len(samples) == cache.clips().num_rows
+    for sample in samples[:3]:
+        (masks,) = cache.read_masks("objects", [sample["__key__"]])
+        np.testing.assert_array_equal(sample["objects.masks.npz"]["masks"], masks.masks_THW)
+        np.testing.assert_array_equal(sample["objects.masks.npz"]["graph"], masks.graph_MT)
+        assert sample["json"]["products"]["objects.masks"]["segmenter"]["name"] == "fake"
+    again = tmp_path / "again"
+    assert tokenmill("run", write_recipe(sources, cache=str(again), masks=MASKS, shards={"format": "both"})).code == 0
+    assert next(again.glob("webdataset/*.tar")).read_bytes() == tar.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"segmenter": "slic"}, r"masks.objects: unknown segmenter 'slic' \(did you mean 'slic3d'\?\); |accepted are"),
+        (
+            {"segmenter": "fake", "weights": "a.pth"},
+            "masks.objects: fake has no weights, found 'a.pth': remove weights",
+        ),
+        ({"segmenter": "fake", "dtype": "float16"}, "masks.objects: fake computes on the CPU without networks"),
+        ({"segmenter": "fake", "options": {"a": 1}}, "masks.objects: fake has no options, found a: remove options"),
+        (
+            {"segmenter": "slic3d", "options": {"sied": 1}},
+            r"masks.objects: options.sied: unknown key \(did you mean 'side'\?\)",
+        ),
+    ],
+)
+def test_a_segmenter_that_cannot_be_is_refused_before_any_work(
+    section: dict, message: str, tokenmill: Command, write_recipe: Callable[..., str], footage: Path, tmp_path: Path
+) -> None:
+    run = tokenmill("run", write_recipe([footage], masks={"objects": section}))
+    assert run.code == 2
+    assert re.search(message, run.err), run.err
+    assert not (tmp_path / "cache").exists()
