@@ -1,10 +1,11 @@
 """Weights: fetched once to this machine, named by their SHA-256, and loaded only where every tensor fits."""
 
+import contextlib
 import itertools
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..schemas.errors import TokenizerError
 SHOWN = 3  # differences of each kind that an error names
 STAMP_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
 WRAPPERS = ("state_dict", "model")  # keys of a checkpoint under which its tensors are
+FOLDER_FILES = (".json", ".safetensors")
 COMPILED, PARALLEL = "_orig_mod.", "module."  # what torch.compile and data-parallel training put into keys
 
 
@@ -37,25 +39,67 @@ def fetch_weights(uri: str) -> WeightsFile:
     Downloads are kept in $TOKENMILL_HOME/weights, by default ~/.cache/tokenmill/weights; a file that changed at its URL
     is downloaded again.
     """
-    try:
+    with _weights_errors(uri):
         filesystem, remote = fsspec.core.url_to_fs(os.path.expanduser(uri))
         local = remote if isinstance(filesystem, LocalFileSystem) else _downloaded(filesystem, remote, uri)
-        with open(local, "rb") as stream:
-            sha256, _ = digest_of_stream(stream)
+        return WeightsFile(uri=uri, path=local, sha256=_sha256(local))
+
+
+def fetch_folder(uri: str) -> WeightsFile:
+    """The folder of a model at a path or fsspec URL (its .json and .safetensors files), as `fetch_weights`.
+
+    `sha256` digests the names and the SHA-256 of all of these files.
+    """
+    with _weights_errors(uri):
+        filesystem, root = fsspec.core.url_to_fs(os.path.expanduser(uri))
+        found = sorted(path for path in filesystem.ls(root, detail=False) if path.endswith(FOLDER_FILES))
+        if not found or not filesystem.isdir(root):
+            raise ValueError(f"not a folder with {' and '.join(FOLDER_FILES)} files")
+        if isinstance(filesystem, LocalFileSystem):
+            paths = found
+        else:
+            folder = _home("folders", digest_of([uri, [_stamp(filesystem.info(path)) for path in found]]))
+            paths = [_fetched(filesystem, path, folder) for path in found]
+        digest = digest_of([(os.path.basename(path), _sha256(path)) for path in paths])
+        return WeightsFile(uri=uri, path=os.path.dirname(paths[0]), sha256=digest)
+
+
+@contextlib.contextmanager
+def _weights_errors(uri: str) -> Iterator[None]:
+    """TokenizerError for whatever keeps weights from being fetched."""
+    try:
+        yield
     except ImportError as error:
         need = "pip install huggingface_hub" if uri.startswith("hf://") else "install it"
         raise TokenizerError(f"weights {uri}: {error}: {need}, or download the file and give its path") from None
     except Exception as error:  # every store has errors of its own
         said = "it does not exist" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
         raise TokenizerError(f"weights {uri}: {said or type(error).__name__}: check the path or URL") from error
-    return WeightsFile(uri=uri, path=local, sha256=sha256)
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as stream:
+        return digest_of_stream(stream)[0]
 
 
 def _downloaded(filesystem: Any, remote: str, uri: str) -> str:
     info = filesystem.info(remote)
-    stamp = [str(info[key]) for key in STAMP_KEYS if info.get(key)]
+    return _fetched(filesystem, remote, _home("weights", digest_of([uri, info.get("size"), _stamp(info)])))
+
+
+def _home(kind: str, digest: str) -> str:
+    """Where downloads are kept."""
     home = os.environ.get("TOKENMILL_HOME") or os.path.expanduser("~/.cache/tokenmill")
-    folder = os.path.join(home, "weights", digest_of([uri, info.get("size"), stamp])[:16])
+    return os.path.join(home, kind, digest[:16])
+
+
+def _stamp(info: Mapping[str, Any]) -> list[str]:
+    """What a store says of a file without reading it."""
+    return [str(info[key]) for key in STAMP_KEYS if info.get(key)]
+
+
+def _fetched(filesystem: Any, remote: str, folder: str) -> str:
+    """The path of a file in a local folder, downloaded unless it is there."""
     local = os.path.join(folder, os.path.basename(remote.partition("?")[0]))
     if not os.path.exists(local):
         os.makedirs(folder, exist_ok=True)

@@ -32,6 +32,7 @@ def make_job(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeJob:
             "sources": [str(sources)],
             "clips": {"num_frames": 8, "height": 96, "width": 96},
             "tokens": {"dct": {"tokenizer": "dct_fsq/488_262144", "batch_size": 4}},
+            "masks": {"objects": {"segmenter": "fake"}},
             "shards": {"frames": 150},
         }
         return Job(folder=folder, cache=cache or f"{folder}/cache", recipe=recipe | sections)

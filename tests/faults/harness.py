@@ -114,7 +114,7 @@ def contents_of(cache: str) -> Contents:
     filesystem, root = fsspec.core.url_to_fs(cache)
     filesystem.invalidate_cache()
     names = [str(path)[len(root) + 1 :] for path in filesystem.find(root)]
-    data = {name for name in names if name.split("/")[0] in ("clips", "tokens", "webdataset")}
+    data = {name for name in names if name.split("/")[0] in ("clips", "masks", "tokens", "webdataset")}
     named: set[str] = set()
     failures, clip_ids = set(), []
     for name in names:

@@ -96,6 +96,7 @@ def test_poison_is_quarantined_and_nothing_else(
         decode={"timeout_s": 2, "memory_mb": 700},
         executor=executor,
         tokens={"fake": {"tokenizer": "fake"}},
+        masks={},
     )
     job.environment["PYTHONPATH"] = POISON
     assert job.finish(most_runs=1) == 3, job.said()

@@ -1,8 +1,10 @@
 """Weights load where every tensor fits, from anywhere, and nothing else loads."""
 
 import hashlib
+import importlib
 import os
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from tokenmill.schemas.errors import TokenizerError
 from tokenmill.tokenizers import vidtok_model
 from tokenmill.tokenizers.load import load_tokenizer
 from tokenmill.tokenizers.vidtok import VidTokTokenizer, build
+from tokenmill.tokenizers.weights import fetch_folder
 
 from .vidtok_kit import clip, filled
 
@@ -140,14 +143,37 @@ def test_a_damaged_safetensors_file_is_refused(tmp_path: Path) -> None:
         load_tokenizer(f"vidtok/{NAME}", weights=str(tmp_path / "w.safetensors"))
 
 
-def test_the_hub_without_its_library_says_what_to_install() -> None:
-    try:
-        import huggingface_hub  # noqa: F401  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        with pytest.raises(TokenizerError, match="pip install huggingface_hub"):
-            load_tokenizer(f"vidtok/{NAME}", weights="hf://microsoft/VidTok/checkpoints/x.ckpt")
-    else:
-        pytest.skip("huggingface_hub is installed here")
+def test_the_hub_without_its_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "hf", raising=False)
+    for name in [one for one in sys.modules if one.partition(".")[0] == "huggingface_hub"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it fails, installed or not
+    with pytest.raises(TokenizerError, match="pip install huggingface_hub"):
+        load_tokenizer(f"vidtok/{NAME}", weights="hf://microsoft/VidTok/checkpoints/x.ckpt")
+
+
+def test_the_folder_of_a_model_is_fetched_once_and_named_by_its_contents(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    contents = {"config.json": b"{}", "model.safetensors": b"abc", "README.md": b"not wanted"}
+    remote = fsspec.filesystem("memory")
+    for name, data in contents.items():
+        (tmp_path / "here" / name).write_bytes(data)
+        remote.pipe_file(f"/models/one/{name}", data)
+    here, there = fetch_folder(str(tmp_path / "here")), fetch_folder("memory://models/one")
+    assert here.sha256 == there.sha256
+    assert here.path == str(tmp_path / "here")
+    assert sorted(os.listdir(there.path)) == ["config.json", "model.safetensors"]
+    assert fetch_folder("memory://models/one").path == there.path
+    remote.pipe_file("/models/one/config.json", b"{} ")
+    assert fetch_folder("memory://models/one").sha256 != there.sha256
+
+
+@pytest.mark.parametrize("name", ["absent", "empty", "model.safetensors"])
+def test_what_is_no_folder_of_a_model_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    with pytest.raises(TokenizerError, match=r"does not exist|not a folder with \.json and \.safetensors files"):
+        fetch_folder(str(tmp_path / name))
 
 
 @pytest.mark.parametrize(
