@@ -207,30 +207,54 @@ def reconstruct(
     clip_id: Annotated[str, typer.Argument(metavar="CLIP_ID", help="A clip, or the first digits of its id.")],
     output: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Video to write: source left, tokens right.")],
     product: Annotated[str | None, typer.Option(help="Which tokens; the cache's only ones by default.")] = None,
+    masks: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Show these masks, or tokens of trajectories, in colours instead."),
+    ] = None,
     png: Annotated[str | None, typer.Option(help="Also write a contact sheet of frames to this PNG.")] = None,
     snapshot: PinnedAs = None,
 ) -> None:
-    """Decode a clip's tokens to video, source and reconstruction side by side."""
-    from .reconstruct import reconstruct_clip
+    """Decode a clip's tokens to video, source and reconstruction side by side; or show its masks so."""
+    from .reconstruct import reconstruct_clip, show_masks
 
+    if masks:
+        return show_masks(cache, clip_id, output, masks, png=png, snapshot=snapshot)
     reconstruct_clip(cache, clip_id, output, product, png=png, snapshot=snapshot)
 
 
 @app.command()
 def export(
-    format: Annotated[Literal["webdataset"], typer.Argument(metavar="webdataset", help="What to write.")],
+    format: Annotated[
+        Literal["webdataset", "trajtok"], typer.Argument(metavar="FORMAT", help="webdataset or trajtok.")
+    ],
     cache: CachePath,
     output: Annotated[str, typer.Argument(metavar="OUT", help="Empty or new folder; path or fsspec URL.")],
-    product: Annotated[list[str] | None, typer.Option(help="Which tokens, all by default; repeatable.")] = None,
+    product: Annotated[
+        list[str] | None, typer.Option(help="Which tokens, all by default, repeatable; for trajtok which masks.")
+    ] = None,
     where: Annotated[str, typer.Option(metavar="SQL", help="Which clips: a condition on clips and videos.")] = "true",
     clips_per_tar: Annotated[int, typer.Option(help="Clips in each tar; the last may have fewer.", min=1)] = 8192,
+    layout: Annotated[
+        Literal["video", "image", "sa1b", "sav"], typer.Option(help="trajtok: which files its loaders shall find.")
+    ] = "video",
+    root: Annotated[
+        str | None, typer.Option(help="trajtok: what paths in the manifest begin with; OUT by default, '' for names.")
+    ] = None,
     snapshot: PinnedAs = None,
 ) -> None:
-    """Write tokens of a cache as WebDataset tars, with an index for random access."""
+    """Write tokens of a cache as WebDataset tars with an index, or clips and masks as TrajTok's trainers read them."""
     from ..pipeline.cache import open_cache
-    from .export import export_webdataset
 
-    export_webdataset(open_cache(cache, snapshot), output, product or [], where, clips_per_tar)
+    if format == "webdataset":
+        from .export import export_webdataset
+
+        return export_webdataset(open_cache(cache, snapshot), output, product or [], where, clips_per_tar)
+    from .export_trajtok import export_trajtok
+
+    if len(product or []) > 1:
+        raise typer.BadParameter("the masks of one product are exported: name one", param_hint="--product")
+    masks = product[0] if product else None
+    export_trajtok(open_cache(cache, snapshot), output, masks, where, layout=layout, root=root, per_tar=clips_per_tar)
 
 
 def main() -> None:

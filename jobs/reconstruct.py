@@ -1,4 +1,4 @@
-"""tokenmill reconstruct: what a clip's tokens look like, beside its source."""
+"""tokenmill reconstruct: what a clip's tokens or masks look like, beside its source."""
 
 import json
 from dataclasses import asdict
@@ -10,12 +10,14 @@ from ..pipeline.cache import TokenCache, open_cache
 from ..pipeline.decoders import DirectDecoder
 from ..pipeline.encode import BatchEncoder
 from ..pipeline.metrics import psnr
-from ..pipeline.render import side_by_side, write_sheet, write_video
+from ..pipeline.render import overlay, side_by_side, write_sheet, write_video
 from ..pipeline.storage import written_aside
 from ..schemas.clip import Clip, ClipFailure, Video
 from ..schemas.errors import CacheError, DecodeError
+from ..schemas.shard import TOKENS
 from ..tokenizers.base import TrajectoryTokenizer
 from .build import build_encoder, build_frame_decoder, recipe_of
+from .export import trajectory_ids_of
 
 
 def reconstruct_clip(
@@ -29,16 +31,49 @@ def reconstruct_clip(
     check_tokenizer(opened, name, encoder)
     decoded_THWC = decode_tokens(opened, name, full_id, encoder)
     clip, source_THWC = source_of(opened, full_id)
-    num_valid = len(decoded_THWC)
-    source_THWC = source_THWC[:num_valid]
+    source_THWC = source_THWC[: len(decoded_THWC)]
+    _show(clip, source_THWC, decoded_THWC, name, output, png)
+    print(f"PSNR {psnr(source_THWC, decoded_THWC):.2f} dB")
+
+
+def show_masks(
+    cache: str, clip_id: str, output: str, masks: str, *, png: str | None, snapshot: int | None = None
+) -> None:
+    """Write a clip's source and the same with its trajectories in colours side by side to `output`, and a contact
+    sheet to `png`. `masks` is a product of masks, or of tokens of trajectories, whose assignment is shown then.
+    """
+    opened = open_cache(cache, snapshot)
+    full_id = opened.clip_id(clip_id)
+    product, tracks_THW, names = tracks_of(opened, masks, full_id)
+    clip, source_THWC = source_of(opened, full_id)
+    source_THWC = source_THWC[: clip.num_valid]
+    coloured_THWC = overlay(source_THWC, tracks_THW[: clip.num_valid], names)
+    _show(clip, source_THWC, coloured_THWC, product, output, png)
+    print(f"{len(names)} trajectories")
+
+
+def tracks_of(cache: TokenCache, name: str, clip_id: str) -> tuple[str, np.ndarray, list[str]]:
+    """The product called `name`, the clip's tracks (T,h,w) in it, and the name of each trajectory."""
+    trajectory_products = [p for p in cache.info.products if p.startswith(TOKENS) and cache.has_trajectories(p)]
+    if name in trajectory_products or f"{TOKENS}{name}" in trajectory_products:
+        product = cache.product(name)
+        (tokens,) = cache.read_trajectories(product, [clip_id])
+        return product, tokens.tracks_Thw, [f"{clip_id}-{n}" for n in range(int(tokens.trajectories_N.max()) + 1)]
+    product = cache.masks_product(name)
+    (masks,) = cache.read_masks(product, [clip_id])
+    return product, masks.tracks_THW, trajectory_ids_of(cache, product, [clip_id])[clip_id]
+
+
+def _show(clip: Clip, source_THWC: np.ndarray, made_THWC: np.ndarray, name: str, output: str, png: str | None) -> None:
+    """Write the two side by side to `output`, and to `png` if asked."""
+    num_valid = len(source_THWC)
     with written_aside(output) as aside:
-        write_video(aside, side_by_side(source_THWC, decoded_THWC), num_valid / (clip.end_s - clip.start_s))
+        write_video(aside, side_by_side(source_THWC, made_THWC), num_valid / (clip.end_s - clip.start_s))
     print(f"{output}: {num_valid} frames of {clip.video.uri} from {clip.start_s:.3f} s, source left, {name} right")
     if png:
         with written_aside(png) as aside:
-            write_sheet(aside, source_THWC, decoded_THWC)
+            write_sheet(aside, source_THWC, made_THWC)
         print(f"{png}: source above, {name} below")
-    print(f"PSNR {psnr(source_THWC, decoded_THWC):.2f} dB")
 
 
 def choose_product(cache: TokenCache, wanted: str | None) -> str:

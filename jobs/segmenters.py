@@ -10,7 +10,9 @@ from ..tokenizers.load import check_device, refuse_options
 
 
 def load_segmenter(name: str, settings: Settings, sampling: Sampling) -> Segmenter:
-    """The segmenter called `name`, ready to segment clips of this sampling; TokenizerError or RecipeError for what it cannot be."""
+    """The segmenter called `name`, ready to segment clips of this sampling; TokenizerError or RecipeError for what it
+    cannot be.
+    """
     if name not in SEGMENTERS:
         raise RecipeError(
             f"unknown segmenter {name!r}{did_you_mean(name, list(SEGMENTERS))}: accepted are {', '.join(SEGMENTERS)}"

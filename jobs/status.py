@@ -106,7 +106,8 @@ def _read_products(cache: TokenCache) -> list[ProductStatus]:
     rows = cache.sql("""
         with planned as (select sum(num_clips) as n from plan_shards where not is_retry),
              sizes as (select product, count(*) as num_files, sum(size_bytes) as size_bytes from files group by 1),
-             done as (select product, sum(num_clips) as committed, sum(decode_s + segment_s + tokenize_s + write_s) as busy_s
+             done as (select product, sum(num_clips) as committed,
+                             sum(decode_s + segment_s + tokenize_s + write_s) as busy_s
                       from shards group by 1),
              failures as (select product, count(*) filter (status = 'failed') as failed,
                                  count(*) filter (status = 'quarantined') as quarantined

@@ -100,6 +100,7 @@ def _tensors_of(batch: TrajectoryBatch) -> Tensors:
         "chunks": batch.chunks_N.expand(num_clips, -1),
         "trajectories": batch.trajectories_BN,
         "assignment": batch.assignment_BThw,
+        "chunk_frames": torch.full((num_clips,), batch.chunk_frames),
         "mass": batch.mass_BN,
         "embedding": batch.embedding_BE,
     }
@@ -123,15 +124,17 @@ class EncodedBatch:
     def num_tokens(self) -> int:
         """How many tokens the clips have together; those of trajectories are waited for."""
         if "valid" in self._tensors:
-            return int(self.wait()["valid"].sum())
+            return int(self._valid_BN().sum())
         return math.prod(self._tensors[VALUES].shape[:4])
 
     def wait(self) -> Tensors:
         """The tensors, on the CPU, tokens as `VALUES`; TokenizerError where the arithmetic has left the numbers."""
         if self._arrival:
             self._arrival.synchronize()
-        values = self._tensors[VALUES]
-        if not (values.isfinite().all() if values.is_floating_point() else (values != NO_CODE).all()):
+        for name in self._tensors.keys() & {VALUES, "embedding"}:
+            values = self._tensors[name]
+            if values.isfinite().all() if values.is_floating_point() else (values != NO_CODE).all():
+                continue
             raise TokenizerError(
                 "the networks gave values that are not finite: set dtype (and stored_dtype) to float32 or bfloat16,"
                 " whose range is wider than that of float16, or check the weights"
@@ -139,11 +142,10 @@ class EncodedBatch:
         return self._tensors
 
     def trajectories(self) -> list[TrajectoryTokens]:
-        """The valid tokens of each clip, where tokens stand for trajectories; bfloat16 as the int16 of its bits."""
+        """The tokens of each clip, where tokens stand for trajectories; bfloat16 as the int16 of its bits."""
         tensors = self.wait()
         made = []
-        for i, num_valid in enumerate(self._num_valid_B):
-            valid = tensors["valid"][i]
+        for i, (num_valid, valid) in enumerate(zip(self._num_valid_B, self._valid_BN(), strict=True)):
             made.append(
                 TrajectoryTokens(
                     values_Nd=bits_of(tensors[VALUES][i][valid]),
@@ -151,11 +153,18 @@ class EncodedBatch:
                     chunks_N=tensors["chunks"][i][valid].numpy(),
                     trajectories_N=tensors["trajectories"][i][valid].numpy(),
                     assignment_Thw=tensors["assignment"][i].numpy(),
+                    chunk_frames=int(tensors["chunk_frames"][i]),
                     num_valid=num_valid,
                     mass_N=tensors["mass"][i][valid].float().numpy() if "mass" in tensors else None,
                 )
             )
         return made
+
+    def _valid_BN(self) -> torch.Tensor:
+        """Which rows stand for a trajectory, in chunks that are not padding alone."""
+        tensors = self.wait()
+        begins_BN = tensors["chunks"] * tensors["chunk_frames"][:, None]
+        return tensors["valid"] & (begins_BN < torch.tensor(self._num_valid_B)[:, None])
 
 
 def bits_of(tokens: torch.Tensor) -> np.ndarray:

@@ -1,5 +1,8 @@
 """Looking at tokens: source and reconstruction side by side, as a video or as a sheet of pictures."""
 
+import colorsys
+import hashlib
+from collections.abc import Sequence
 from fractions import Fraction
 
 import av
@@ -7,6 +10,7 @@ import numpy as np
 
 GAP_PIXELS = 8
 SHEET_COLUMNS = 8
+COLOUR_SHARE = 0.55  # of a segment's colour in its pixels
 
 
 def side_by_side(left_THWC: np.ndarray, right_THWC: np.ndarray) -> np.ndarray:
@@ -15,6 +19,26 @@ def side_by_side(left_THWC: np.ndarray, right_THWC: np.ndarray) -> np.ndarray:
     joined = np.concatenate([left_THWC, gap_THWC, right_THWC], axis=2)
     odd_rows, odd_columns = joined.shape[1] % 2, joined.shape[2] % 2
     return np.pad(joined, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
+
+
+def overlay(frames_THWC: np.ndarray, tracks_THW: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Frames (T,H,W,3) uint8 under the colours of their tracks (T,h,w), scaled to the frames' size; 0 stays as it is.
+
+    Track n is called ``names[n - 1]``: the same name has the same colour in every clip.
+    """
+    _, height, width, _ = frames_THWC.shape
+    rows, columns = (np.arange(n) * m // n for n, m in zip((height, width), tracks_THW.shape[1:], strict=True))
+    tracks = tracks_THW[:, rows][:, :, columns]
+    colours = np.array([(0.0, 0.0, 0.0), *(_colour(name) for name in names)])[tracks]
+    mixed = (1 - COLOUR_SHARE) * frames_THWC + COLOUR_SHARE * colours
+    return np.where((tracks > 0)[..., None], mixed, frames_THWC).round().astype(np.uint8)
+
+
+def _colour(name: str) -> tuple[float, ...]:
+    """A bright colour, by a digest of the name."""
+    digest = hashlib.sha256(name.encode()).digest()
+    hue, value = int.from_bytes(digest[:2], "big") / 65536, 0.7 + 0.3 * digest[2] / 255
+    return tuple(255 * channel for channel in colorsys.hsv_to_rgb(hue, 0.85, value))
 
 
 def write_video(path: str, frames_THWC: np.ndarray, fps: float) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +12,18 @@ from ..schemas.clip import Sampling
 # Rises with every change of this file that changes pixels: it is part of every product's fingerprint.
 RESIZE_REVISION = 1
 
-Scale = Callable[[np.ndarray, int, int, str], np.ndarray]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """The height and width that a picture is scaled to, and the row and column of the frame that its corner lies at.
+
+    Where the corner is negative, what lies outside the frame is cut away; what the picture does not cover is black.
+    """
+
+    height: int
+    width: int
+    top: int
+    left: int
 
 
 def resize_frame(frame_HWC: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -21,10 +33,26 @@ def resize_frame(frame_HWC: np.ndarray, sampling: Sampling) -> np.ndarray:
     with black, ``squash`` ignores the aspect ratio. Values are within one grey level of
     torch.nn.functional.interpolate(antialias=True) in float32, rounded.
     """
-    if frame_HWC.shape[:2] == (sampling.height, sampling.width):
+    height, width = sampling.height, sampling.width
+    if frame_HWC.shape[:2] == (height, width):
         return frame_HWC
-    mode, interpolation = parse_resize(sampling.resize)
-    return RESIZES[mode](frame_HWC, sampling.height, sampling.width, interpolation)
+    _, interpolation = parse_resize(sampling.resize)
+    place = place_of(frame_HWC.shape[0], frame_HWC.shape[1], sampling)
+    scaled_HWC = _scaled(frame_HWC, place.height, place.width, interpolation)
+    top, left = max(0, -place.top), max(0, -place.left)
+    shown_HWC = scaled_HWC[top : top + height, left : left + width]
+    shown_h, shown_w, _ = shown_HWC.shape
+    if (shown_h, shown_w) == (height, width):
+        return shown_HWC
+    canvas_HWC = np.zeros((height, width, 3), np.uint8)
+    canvas_HWC[place.top : place.top + shown_h, place.left : place.left + shown_w] = shown_HWC
+    return canvas_HWC
+
+
+def place_of(source_h: int, source_w: int, sampling: Sampling) -> Place:
+    """Where a picture of this size comes to lie in the frames of clips."""
+    mode, _ = parse_resize(sampling.resize)
+    return RESIZES[mode](source_h, source_w, sampling.height, sampling.width)
 
 
 def parse_resize(resize: str) -> tuple[str, str]:
@@ -38,27 +66,24 @@ def parse_resize(resize: str) -> tuple[str, str]:
     return mode, interpolation
 
 
-def _center_crop(frame_HWC: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    source_h, source_w, _ = frame_HWC.shape
+def _center_crop(source_h: int, source_w: int, height: int, width: int) -> Place:
     scale = max(height / source_h, width / source_w)
     cover_h, cover_w = max(height, _rounded(source_h * scale)), max(width, _rounded(source_w * scale))
-    cover_HWC = _squash(frame_HWC, cover_h, cover_w, interpolation)
-    top, left = (cover_h - height) // 2, (cover_w - width) // 2
-    return cover_HWC[top : top + height, left : left + width]
+    return Place(height=cover_h, width=cover_w, top=-((cover_h - height) // 2), left=-((cover_w - width) // 2))
 
 
-def _letterbox(frame_HWC: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
-    source_h, source_w, _ = frame_HWC.shape
+def _letterbox(source_h: int, source_w: int, height: int, width: int) -> Place:
     scale = min(height / source_h, width / source_w)
     inner_h = min(height, max(1, _rounded(source_h * scale)))
     inner_w = min(width, max(1, _rounded(source_w * scale)))
-    top, left = (height - inner_h) // 2, (width - inner_w) // 2
-    canvas_HWC = np.zeros((height, width, 3), np.uint8)
-    canvas_HWC[top : top + inner_h, left : left + inner_w] = _squash(frame_HWC, inner_h, inner_w, interpolation)
-    return canvas_HWC
+    return Place(height=inner_h, width=inner_w, top=(height - inner_h) // 2, left=(width - inner_w) // 2)
 
 
-def _squash(frame_HWC: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
+def _squash(_source_h: int, _source_w: int, height: int, width: int) -> Place:
+    return Place(height=height, width=width, top=0, left=0)
+
+
+def _scaled(frame_HWC: np.ndarray, height: int, width: int, interpolation: str) -> np.ndarray:
     if frame_HWC.shape[:2] == (height, width):
         return frame_HWC
     # Channels last in memory, one image at a time: torch's quickest path, and no sum depends on neighbours.
@@ -82,5 +107,9 @@ def _rounded(size: float) -> int:
     return math.floor(size + 0.5)
 
 
-RESIZES: dict[str, Scale] = {"center_crop": _center_crop, "squash": _squash, "letterbox": _letterbox}
+RESIZES: dict[str, Callable[[int, int, int, int], Place]] = {
+    "center_crop": _center_crop,
+    "squash": _squash,
+    "letterbox": _letterbox,
+}
 SCALERS = {"bilinear": _bilinear, "bicubic": _bicubic}

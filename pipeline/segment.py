@@ -23,7 +23,7 @@ class Segmenter(Protocol):
         """What decides the masks, apart from the frames."""
         ...
 
-    def segment(self, clips: Sequence[ClipFrames]) -> "list[np.ndarray | ClipFailure]":
+    def segment(self, clips: Sequence[ClipFrames]) -> Sequence[np.ndarray | ClipFailure]:
         """For each clip its tracks (T,H,W), integers at the size of its frames, or why it has none.
 
         A track is the same number, 1 or more, in all frames of the clip where a trajectory is seen; 0 is no trajectory.

@@ -76,5 +76,6 @@ def trajectory_arrays(clip: TrajectoryTokens, tar: TarProduct) -> dict[str, np.n
         "chunks": clip.chunks_N.astype("<u2"),
         "trajectories": clip.trajectories_N.astype("<u2"),
         "assignment": clip.assignment_Thw,
+        "chunk_frames": np.array(clip.chunk_frames),
     }
     return arrays if clip.mass_N is None else arrays | {"mass": clip.mass_N}

@@ -35,6 +35,7 @@ SMALL_SCHEMA = pa.schema(
         pa.field("clip_id", pa.string(), nullable=False),
         pa.field("num_valid", pa.uint32(), nullable=False),
         pa.field("num_tokens", pa.uint32(), nullable=False),
+        pa.field("chunk_frames", pa.uint32(), nullable=False),
         pa.field("slots", UINT16S, nullable=False),
         pa.field("chunks", UINT16S, nullable=False),
         pa.field("trajectories", UINT16S, nullable=False),
@@ -97,6 +98,7 @@ def _small_row(clip_id: str, clip: TrajectoryTokens) -> dict[str, Any]:
         "clip_id": clip_id,
         "num_valid": clip.num_valid,
         "num_tokens": len(clip.values_Nd),
+        "chunk_frames": clip.chunk_frames,
         "slots": clip.slots_N,
         "chunks": clip.chunks_N,
         "trajectories": clip.trajectories_N,
@@ -172,6 +174,7 @@ class TrajectoryFile:
             chunks_N=np.array(small["chunks"], np.int64),
             trajectories_N=np.array(small["trajectories"], np.int64),
             assignment_Thw=assignment_Thw,
+            chunk_frames=small["chunk_frames"],
             num_valid=small["num_valid"],
             mass_N=None if small["mass"] is None else np.array(small["mass"], np.float32),
         )

@@ -68,8 +68,9 @@ class TokenGrid:
 class TrajectoryTokens:
     """One token, or a few, per object trajectory of a clip: `values_Nd` of the slots that stand for one.
 
-    `slots_N` names the slot of each row, in rising order within its chunk, `chunks_N` the part of the clip (from 0),
-    and `trajectories_N` the trajectory of the clip (from 0), which may go on in the next chunk under another slot.
+    `slots_N` names the slot of each row, in rising order within its chunk, `chunks_N` the part of the clip (from 0; all
+    have `chunk_frames` frames, the last one perhaps fewer), and `trajectories_N` the trajectory of the clip (from 0),
+    which may go on in the next chunk under another slot.
     `assignment_Thw` (uint8) is the slot that each patch of each frame belongs to. `mass_N`, where it was asked for, is
     how many patches each slot has by soft shares. The first `num_valid` frames are real.
     """
@@ -79,6 +80,7 @@ class TrajectoryTokens:
     chunks_N: np.ndarray
     trajectories_N: np.ndarray
     assignment_Thw: np.ndarray
+    chunk_frames: int
     num_valid: int
     mass_N: np.ndarray | None = None
 
@@ -92,3 +94,11 @@ class TrajectoryTokens:
         if self.assignment_Thw.dtype != np.uint8 or self.assignment_Thw.ndim != 3:
             found = self.assignment_Thw
             raise ValueError(f"an assignment is (T,h,w) uint8, found {found.dtype} {found.shape}")
+
+    @property
+    def tracks_Thw(self) -> np.ndarray:
+        """For every patch its trajectory as 1 + its number (int32), 0 where its slot has no token."""
+        chunk_of_T = np.arange(len(self.assignment_Thw)) // self.chunk_frames
+        trajectory_of = np.zeros((int(chunk_of_T[-1]) + 1, 256), np.int32)
+        trajectory_of[self.chunks_N, self.slots_N] = 1 + self.trajectories_N
+        return trajectory_of[chunk_of_T[:, None, None], self.assignment_Thw]

@@ -23,8 +23,8 @@ def load_tokenizer(
 
     `weights` is the path or fsspec URL of its weights, for families that have any; `dtype` is the number type of
     the arithmetic; with `logvar` latents are means and, after them, logarithms of variances; with `compiled` networks
-    go through torch.compile. `options` are what a family alone knows (docs/tokenizers.md). TokenizerError for an unknown
-    name, and for a setting that the family does not take.
+    go through torch.compile. `options` are what a family alone knows (docs/tokenizers.md). TokenizerError for an
+    unknown name, and for a setting that the family does not take.
     """
     family, _, variant = name.partition("/")
     if family not in FAMILIES:

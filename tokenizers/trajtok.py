@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -54,15 +55,23 @@ def load_segmenter(weights: str, grid: int = 56) -> Segmenter:
     return _loaded(model, tensors, file)
 
 
-def load_segment_clip(weights: str, grid: int = 56, vit_heads: int = 16) -> SegmentClip:
+def load_segment_clip(
+    weights: str,
+    grid: int = 56,
+    vit_heads: int = 16,
+    *,
+    add_mean_traj: bool = False,
+    attend_other_latents: bool = False,
+) -> SegmentClip:
     """The whole model (TrajViT2 and text tower) of a published checkpoint, by path or URL, as `load_segmenter`.
 
-    Widths follow from the tensors, except `grid` and the number of heads of the ViT.
+    Widths follow from the tensors, except `grid` and the number of heads of the ViT; nor do the variants of Sizes.
     """
     file = fetch_weights(weights)
     tensors = {name: value for name, value in read_tensors(file).items() if not name.startswith(BESIDE_CLIP)}
     tensors = {name: value for name, value in tensors.items() if not _is_unused_layer(name)}
     sizes = sizes_of(tensors, "vision_encoder.traj_tokenizer.segmenter.", grid, file, vit_heads)
+    sizes = replace(sizes, add_mean_traj=add_mean_traj, attend_other_latents=attend_other_latents)
     with torch.device("meta"):
         model = SegmentClip(sizes).eval()
     return _loaded(model, tensors, file)
@@ -78,27 +87,42 @@ def sizes_of(
             f"weights {weights.uri}: no tensor {prefix}trajectory_perceiver.latents of two dimensions: they are not"
             f" those of TrajTok: give model.pth of a published segmenter or model"
         )
-    above = prefix.removesuffix("segmenter.")
-    latents = tensors.get(f"{above}latents")
-    vit = f"{above.removesuffix('traj_tokenizer.')}vision_encoder.vit.encoder.layer."
-    query = tensors.get(f"{vit}0.attention.attention.query.weight")
-    ups = [
-        name
-        for name in tensors
-        if re.fullmatch(rf"{re.escape(prefix)}patch_decoder_high_res\.conv_up\.\d+\.weight", name)
-    ]
-    num_up = sum(tensors[name].ndim == 4 for name in ups) - 1  # the last convolution keeps the sides
+    encoder = prefix.removesuffix("segmenter.")
+    vit = f"{encoder.removesuffix('traj_tokenizer.')}vision_encoder.vit.encoder.layer."
+    num_slots, dim = queries.shape
+    _, per_slot, feature_dim = _shape(tensors, f"{encoder}latents", (num_slots, 1, dim))
+    token_dim, _ = _shape(tensors, f"{encoder}output_projector.weight", (dim, dim))
+    vit_dim, _ = _shape(tensors, f"{vit}0.attention.attention.query.weight", (token_dim, token_dim))
+    stages = range(_count(tensors, f"{prefix}patch_encoder.proj.") or len(Sizes().depths))
     return Sizes(
-        dim=queries.shape[1],
-        num_slots=queries.shape[0],
+        dim=dim,
+        num_slots=num_slots,
         grid=grid,
         depth=_count(tensors, f"{prefix}trajectory_perceiver.layers."),
-        level=0 if latents is None else latents.shape[1].bit_length() - 1,
-        up=1 << num_up if ups else None,
+        level=per_slot.bit_length() - 1,
+        up=_times_finer(tensors, f"{prefix}patch_decoder_high_res.conv_up."),
         vit_layers=_count(tensors, vit),
         vit_heads=vit_heads,
-        vit_dim=queries.shape[1] if query is None else query.shape[0],
+        vit_dim=vit_dim,
+        feature_dim=feature_dim,
+        token_dim=token_dim,
+        depths=tuple(_count(tensors, f"{prefix}patch_encoder.backbone.stages.{i}.") for i in stages),
+        widths=tuple(
+            _shape(tensors, f"{prefix}patch_encoder.proj.{i}.weight", (dim, 96 << i, 1, 1))[1] for i in stages
+        ),
     )
+
+
+def _shape(tensors: Mapping[str, torch.Tensor], name: str, otherwise: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor, where there is one with that many dimensions."""
+    found = tuple(tensors[name].shape) if name in tensors else otherwise
+    return found if len(found) == len(otherwise) else otherwise
+
+
+def _times_finer(tensors: Mapping[str, torch.Tensor], prefix: str) -> int | None:
+    """How much finer the grid is behind convolutions each of which, but for the last, doubles the sides."""
+    shapes = [tensors[name].ndim for name in tensors if name.startswith(prefix) and name.endswith(".weight")]
+    return 1 << (shapes.count(4) - 1) if 4 in shapes else None
 
 
 def _count(tensors: Mapping[str, torch.Tensor], prefix: str) -> int:

@@ -1,6 +1,7 @@
 """The blocks of TrajTok: a ConvNeXt, perceivers with rotary positions, and a ViT over tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import nn
 
 HEADS = 8  # of every perceiver
 ROTARY_BASE = 10_000.0
+BLOCK_PATCHES = 1024  # read at a time: more do not stay in a processor's cache
 OPEN_PATCHES = 2  # the last of the sequence, which every slot may see
 
 
@@ -65,36 +67,112 @@ class ConvNext(nn.Module):
 class Rotary(nn.Module):
     """Rotary positions on the first half of each head, neighbouring channels in pairs (Su et al. 2021)."""
 
+    freqs: torch.Tensor
+
     def __init__(self, dim_head: int) -> None:
         super().__init__()
         num = dim_head // 4
         self.register_buffer("freqs", ROTARY_BASE ** (-torch.arange(num) / num))
 
-    def forward(self, x_BHMd: torch.Tensor, start: int = 0) -> torch.Tensor:
-        """Turn rows that stand at positions `start`, `start` + 1, ..; positions are always in float32."""
-        freqs = self.get_buffer("freqs").float()
-        positions = torch.arange(start, start + x_BHMd.shape[2], device=x_BHMd.device, dtype=torch.float32)
-        return rotated(x_BHMd, positions[:, None] * freqs)
+    def forward(self, places_N: torch.Tensor) -> torch.Tensor:
+        """The angles (p,N) of rows at these places, in float32 whatever the network computes in."""
+        return self.freqs[:, None] * places_N
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Moved like any module, but never to another number type, in which far places would fall together."""
+        freqs = self.freqs
+        super()._apply(fn, recurse)
+        if not freqs.is_meta:
+            self.freqs = freqs.to(self.freqs.device)
+        return self
 
 
-def rotated(x_BHMd: torch.Tensor, angles_Mp: torch.Tensor) -> torch.Tensor:
-    """The first 2p channels turned by `angles` in pairs of neighbours; the others as they are."""
-    num = 2 * angles_Mp.shape[-1]
-    even, odd = x_BHMd[..., 0:num:2].float(), x_BHMd[..., 1:num:2].float()
-    cos, sin = angles_Mp.cos(), angles_Mp.sin()
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
-    return torch.cat((turned.to(x_BHMd.dtype), x_BHMd[..., num:]), dim=-1)
+def rotated(x_dN: torch.Tensor, angles_pN: torch.Tensor) -> torch.Tensor:
+    """Columns (..,d,N) with the first 2p channels turned by `angles` in pairs of neighbours; the others as they are."""
+    num = 2 * len(angles_pN)
+    even, odd = x_dN[..., 0:num:2, :], x_dN[..., 1:num:2, :]
+    cos, sin = angles_pN.cos(), angles_pN.sin()
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-2).flatten(-3, -2)
+    return torch.cat((turned.to(x_dN.dtype), x_dN[..., num:, :]), dim=-2)
 
 
-def split_heads(x_BMD: torch.Tensor) -> torch.Tensor:
-    """(B,M,D) to (B,heads,M,D/heads)."""
-    return x_BMD.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+def head_columns(x_BMD: torch.Tensor) -> torch.Tensor:
+    """(B,M,D) to (B,heads,D/heads,M)."""
+    return x_BMD.mT.unflatten(1, (HEADS, -1))
+
+
+def attend_by_block(
+    q_BHdM: torch.Tensor, blocks: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]
+) -> torch.Tensor:
+    """Attention (B,H,M,d) to keys and values (B,H,d,P) that come block by block (Milakov and Gimelshein 2018).
+
+    The third of a block says who sees what in it, (B,1,M,P); None is all. In the first block every row sees something.
+    """
+    b, h, d, m = q_BHdM.shape
+    queries = q_BHdM.mT * d**-0.5
+    highest = queries.new_full((b, h, m, 1), -torch.inf, dtype=torch.float32)
+    total, out = torch.zeros_like(highest), torch.zeros_like(highest)
+    for k, v, sees in blocks:
+        scores = (queries @ k).float()
+        scores = scores if sees is None else scores.masked_fill(~sees, -torch.inf)
+        before, highest = highest, torch.maximum(highest, scores.detach().amax(-1, keepdim=True))
+        shares, kept = scores.sub_(highest).exp_(), (before - highest).exp()
+        total = total * kept + shares.sum(-1, keepdim=True)
+        out = out * kept + shares.to(v.dtype) @ v.mT
+    return (out / total).to(q_BHdM.dtype)
+
+
+def attend_by_slot(
+    q_HdSL: torch.Tensor,
+    slots: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+    kv_weight: torch.Tensor,
+    num_turned: int,
+) -> torch.Tensor:
+    """Attention (H,M,d) of the L latents of each slot, to keys and values of latents and to the slot's patches.
+
+    A slot gives these keys and values (H,d,L'), its patches (n,D) and their angles. Few latents read many patches, so
+    it is cheaper to take the latents to the patches: the products with keys (but those that turn) and values are done
+    for the latents, before and after the patches are read.
+    """
+    k_weight, v_weight = kv_weight.unflatten(0, (2, HEADS, -1))
+    turning = k_weight[:, :num_turned].flatten(0, 1)
+    queries = q_HdSL.flatten(2).mT * q_HdSL.shape[1] ** -0.5
+    sights = queries[..., num_turned:] @ k_weight[:, num_turned:]
+    by_slot = (x.unflatten(1, q_HdSL.shape[2:]).unbind(1) for x in (queries, sights))
+    of_latents, read = [], []
+    for q, sight, (own_k, own_v, x, angles) in zip(*by_slot, slots, strict=True):
+        k = rotated((turning @ x.mT).unflatten(0, (HEADS, -1)), angles)
+        scores = q[..., :num_turned] @ k + sight @ x.mT
+        shares = torch.cat((q @ own_k, scores), dim=-1).float().softmax(-1).to(x.dtype)
+        own_shares, shares = shares.tensor_split((own_k.shape[-1],), dim=-1)
+        of_latents.append(own_shares @ own_v.mT)
+        read.append(shares @ x)
+    return torch.cat(of_latents, dim=1) + torch.cat(read, dim=1) @ v_weight.mT
+
+
+def rows_by_slot(labels_N: torch.Tensor, num_slots: int) -> list[torch.Tensor]:
+    """For each slot the patches that its latents read: those labelled with it, and the OPEN_PATCHES."""
+    labels = labels_N.clamp(-1, num_slots)  # other labels are of no slot
+    counts = (labels + 1).bincount(minlength=num_slots + 2).tolist()
+    owned = labels.argsort(stable=True).split(counts)[1:-1]
+    last = torch.arange(len(labels), device=labels.device)[-OPEN_PATCHES:]
+    return [torch.cat((rows, last[labels[last] != slot])) for slot, rows in enumerate(owned)]
+
+
+# For each clip and slot the patches (n,D) that it reads, and their places (n,) in the sequence.
+PatchesBySlot = list[list[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def gathered(patches_BND: torch.Tensor, labels_BN: torch.Tensor, num_slots: int, norm: nn.Module) -> PatchesBySlot:
+    """The patches of clips by slot, and the norm of each."""
+    clips = zip(patches_BND, labels_BN, strict=True)
+    return [[(norm(x[rows]), rows) for rows in rows_by_slot(labels, num_slots)] for x, labels in clips]
 
 
 class LatentAttention(nn.Module):
-    """Latents that attend to themselves and to patches; positions count latents first, then patches."""
+    """Latents that attend to themselves and to patches; places count latents first, then patches."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, *, sees_all_latents: bool = False) -> None:
         super().__init__()
         self.norm_media = nn.LayerNorm(dim)
         self.norm_latents = nn.LayerNorm(dim)
@@ -102,50 +180,65 @@ class LatentAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * dim, bias=False)
         self.to_out = nn.Linear(dim, dim, bias=False)
         self.rotary_emb = Rotary(dim // HEADS)
+        self._sees_all_latents = sees_all_latents
 
     def forward(
-        self, patches_BND: torch.Tensor, latents_BMD: torch.Tensor, labels_BN: torch.Tensor | None, num_slots: int
+        self,
+        context: torch.Tensor | PatchesBySlot,
+        latents_BMD: torch.Tensor,
+        labels_BN: torch.Tensor | None,
+        num_slots: int,
     ) -> torch.Tensor:
         """Every latent sees everything; with `labels` those of a slot see their own kind and its patches alone."""
         normed = self.norm_latents(latents_BMD)
-        q = self.rotary_emb(split_heads(self.to_q(normed)))
-        own_k, own_v = (split_heads(part) for part in self.to_kv(normed).chunk(2, dim=-1))
-        k, v = (split_heads(part) for part in self.to_kv(self.norm_media(patches_BND)).chunk(2, dim=-1))
-        own_k, k = self.rotary_emb(own_k), self.rotary_emb(k, start=latents_BMD.shape[1])
-        if labels_BN is None:
-            out = F.scaled_dot_product_attention(q, torch.cat((own_k, k), dim=2), torch.cat((own_v, v), dim=2))
+        q, k, v = (head_columns(x) for x in (self.to_q(normed), *self.to_kv(normed).chunk(2, dim=-1)))
+        angles = self.rotary_emb(torch.arange(q.shape[-1], device=q.device))
+        q, k = rotated(q, angles), rotated(k, angles)
+        if isinstance(context, torch.Tensor):
+            out = attend_by_block(q, self._blocks((k, v), context, labels_BN, num_slots))
         else:
-            clips = zip(q, zip(own_k, own_v, strict=True), zip(k, v, strict=True), labels_BN, strict=True)
-            out = torch.stack([attend_by_slot(*clip, num_slots) for clip in clips])
+            out = torch.stack([self._of_clip(*clip) for clip in zip(q, k, v, context, strict=True)])
         return self.to_out(out.transpose(1, 2).flatten(2))
 
+    def _blocks(
+        self,
+        own: tuple[torch.Tensor, torch.Tensor],
+        context_BND: torch.Tensor,
+        labels_BN: torch.Tensor | None,
+        num_slots: int,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """What attend_by_block takes: the latents, then the patches."""
+        (b, num_patches, _), num_latents = context_BND.shape, own[0].shape[-1]
+        sees_latents = sees_patches = None
+        if labels_BN is not None:
+            slots = torch.arange(num_slots, device=labels_BN.device).repeat_interleave(num_latents // num_slots)
+            sees_latents = (slots[:, None] == slots) | self._sees_all_latents
+            sees_patches = labels_BN[:, None, None] == slots[:, None]
+            sees_patches[..., -OPEN_PATCHES:] = True
+        yield *own, sees_latents
+        weight = self.to_kv.weight.expand(b, -1, -1)
+        for start in range(0, num_patches, BLOCK_PATCHES):
+            block = slice(start, min(start + BLOCK_PATCHES, num_patches))
+            k, v = (weight @ self.norm_media(context_BND[:, block]).mT).unflatten(1, (2, HEADS, -1)).unbind(1)
+            places = num_latents + torch.arange(block.start, block.stop, device=k.device)
+            yield rotated(k, self.rotary_emb(places)), v, None if sees_patches is None else sees_patches[..., block]
 
-def attend_by_slot(
-    q_HMd: torch.Tensor,
-    own: tuple[torch.Tensor, torch.Tensor],
-    patches: tuple[torch.Tensor, torch.Tensor],
-    labels_N: torch.Tensor,
-    num_slots: int,
-) -> torch.Tensor:
-    """Attention in which a slot's latents see each other, the patches that it owns, and OPEN_PATCHES.
-
-    `own` and `patches` are keys and values (H,M,d) and (H,N,d). Each patch is read by one slot: nothing is masked.
-    """
-    order = labels_N.argsort(stable=True)
-    ends = labels_N.bincount(minlength=num_slots).cumsum(0).tolist()
-    owners = labels_N[-OPEN_PATCHES:].tolist()
-    open_ones = range(len(labels_N) - OPEN_PATCHES, len(labels_N))
-    (k, v), (own_k, own_v) = ((part[:, order] for part in patches), own)
-    per_slot = q_HMd.shape[1] // num_slots
-    outputs, start = [], 0
-    for slot, end in enumerate(ends):
-        latents = slice(slot * per_slot, (slot + 1) * per_slot)
-        others = [n for n, owner in zip(open_ones, owners, strict=True) if owner != slot]
-        keys = torch.cat((own_k[:, latents], k[:, start:end], patches[0][:, others]), dim=1)
-        values = torch.cat((own_v[:, latents], v[:, start:end], patches[1][:, others]), dim=1)
-        outputs.append(F.scaled_dot_product_attention(q_HMd[:, latents], keys, values))
-        start = end
-    return torch.cat(outputs, dim=1)
+    def _of_clip(
+        self,
+        q_HdM: torch.Tensor,
+        k_HdM: torch.Tensor,
+        v_HdM: torch.Tensor,
+        context: list[tuple[torch.Tensor, torch.Tensor]],
+    ) -> torch.Tensor:
+        """attend_by_slot for the slots of one clip."""
+        num_slots, num_latents = len(context), q_HdM.shape[-1]
+        q, k, v = (x.unflatten(-1, (num_slots, -1)) for x in (q_HdM, k_HdM, v_HdM))
+        own = zip(k.unbind(2), v.unbind(2), strict=True)
+        if self._sees_all_latents:
+            own = [(k_HdM, v_HdM)] * num_slots
+        patches = ((self.norm_media(x), self.rotary_emb(num_latents + rows)) for x, rows in context)
+        slots = ((*latents, *some) for latents, some in zip(own, patches, strict=True))
+        return attend_by_slot(q, slots, self.to_kv.weight, 2 * len(self.rotary_emb.freqs))
 
 
 class GatedMlp(nn.Module):
@@ -164,14 +257,18 @@ class GatedMlp(nn.Module):
 
 
 def through_layers(
-    layers: nn.ModuleList, norm: nn.Module, context_BND: torch.Tensor, latents_BMD: torch.Tensor, *attended: object
+    layers: nn.ModuleList,
+    norm: nn.Module,
+    context: torch.Tensor | PatchesBySlot,
+    latents_BMD: torch.Tensor,
+    *attended: object,
 ) -> torch.Tensor:
     """Latents after all layers of a perceiver; `attended` is what its attention takes besides context and latents."""
     for layer in layers:
         assert isinstance(layer, nn.ModuleList)
         attention, mlp = layer
         latents_BMD = norm(latents_BMD)
-        latents_BMD = latents_BMD + attention(context_BND, latents_BMD, *attended)
+        latents_BMD = latents_BMD + attention(context, latents_BMD, *attended)
         latents_BMD = latents_BMD + mlp(latents_BMD)
     return latents_BMD
 
@@ -179,11 +276,14 @@ def through_layers(
 class Perceiver(nn.Module):
     """Latents that read patches, layer by layer; each layer begins from the same norm of the latents."""
 
-    def __init__(self, dim: int, depth: int, num_latents: int | None = None) -> None:
+    def __init__(self, dim: int, depth: int, num_latents: int | None = None, *, sees_all_latents: bool = False) -> None:
         super().__init__()
         if num_latents is not None:
             self.latents = nn.Parameter(0.02 * torch.randn(num_latents, dim))
-        self.layers = nn.ModuleList(nn.ModuleList([LatentAttention(dim), GatedMlp(dim)]) for _ in range(depth))
+        self.layers = nn.ModuleList(
+            nn.ModuleList([LatentAttention(dim, sees_all_latents=sees_all_latents), GatedMlp(dim)])
+            for _ in range(depth)
+        )
         self.norm_lat = nn.LayerNorm(dim, eps=1e-6)
         self.norm_ctx = nn.LayerNorm(dim, eps=1e-6)
 
@@ -194,9 +294,15 @@ class Perceiver(nn.Module):
         labels_BN: torch.Tensor | None = None,
         num_slots: int = 0,
     ) -> torch.Tensor:
-        """The latents (its own, or those given) once they have read the patches; `labels` as in LatentAttention."""
-        context = self.norm_ctx(patches_BND)
-        latents = self.latents.expand(len(context), -1, -1) if latents_BMD is None else latents_BMD
+        """The latents (its own, or those given) once they have read the patches; `labels` as in LatentAttention.
+
+        On the CPU patches are gathered by slot, elsewhere masks hide those of others: many small steps cost more there.
+        """
+        latents = self.latents.expand(len(patches_BND), -1, -1) if latents_BMD is None else latents_BMD
+        if labels_BN is None or patches_BND.device.type != "cpu":
+            context = self.norm_ctx(patches_BND)
+        else:
+            context = gathered(patches_BND, labels_BN, num_slots, self.norm_ctx)
         return through_layers(self.layers, self.norm_lat, context, latents, labels_BN, num_slots)
 
 
@@ -210,27 +316,24 @@ class PatchAttention(nn.Module):
         self.to_out = nn.Linear(dim, dim, bias=False)
 
     def forward(
-        self,
-        patches_BND: torch.Tensor,
-        latents_BKD: torch.Tensor,
-        labels_BN: torch.Tensor,
-        grid_thw: tuple[int, int, int],
+        self, context: PatchesBySlot, latents_BKD: torch.Tensor, grid_thw: tuple[int, int, int]
     ) -> torch.Tensor:
-        q = split_heads(self.to_q(latents_BKD))
-        k, v = (split_heads(part) for part in self.to_kv(patches_BND).chunk(2, dim=-1))
-        k = rotated(k, places_in(grid_thw, k.shape[-1], k.device))
-        none = k[0, :, :0]
-        clips = zip(q, zip(k, v, strict=True), labels_BN, strict=True)
-        out = torch.stack([attend_by_slot(one, (none, none), own, labels, one.shape[1]) for one, own, labels in clips])
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        q = head_columns(self.to_q(latents_BKD)).unsqueeze(-1)
+        angles = places_in(grid_thw, q.shape[2], q.device)
+        none = q[0, :, :, 0, :0]
+        outputs = []
+        for one, clip in zip(q, context, strict=True):
+            slots = ((none, none, x, angles[:, rows]) for x, rows in clip)
+            outputs.append(attend_by_slot(one, slots, self.to_kv.weight, 2 * len(angles)))
+        return self.to_out(torch.stack(outputs).transpose(1, 2).flatten(2))
 
 
 def places_in(grid_thw: tuple[int, int, int], dim_head: int, device: torch.device) -> torch.Tensor:
-    """Rotary angles (N,p) of a grid's patches: a third of the turned channels each for time, rows and columns."""
+    """Rotary angles (p,N) of a grid's patches: a third of the turned channels each for time, rows and columns."""
     num = dim_head // 12
     freqs = ROTARY_BASE ** (-torch.arange(num, device=device) / num)
     axes = torch.meshgrid(*(torch.arange(size, device=device).float() for size in grid_thw), indexing="ij")
-    return torch.cat([axis.flatten()[:, None] * freqs for axis in axes], dim=-1)
+    return torch.cat([freqs[:, None] * axis.flatten() for axis in axes])
 
 
 class Rope3dPerceiver(nn.Module):
@@ -250,5 +353,5 @@ class Rope3dPerceiver(nn.Module):
         grid_thw: tuple[int, int, int],
     ) -> torch.Tensor:
         """The latents (B,K,D) once they have read the patches (B,N,D), of which `labels` (B,N) names the slot."""
-        context = self.norm_ctx(patches_BND)
-        return through_layers(self.layers, self.norm_lat, context, latents_BKD, labels_BN, grid_thw)
+        context = gathered(patches_BND, labels_BN, latents_BKD.shape[1], self.norm_ctx)
+        return through_layers(self.layers, self.norm_lat, context, latents_BKD, grid_thw)

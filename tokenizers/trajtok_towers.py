@@ -62,7 +62,7 @@ class TokenVit(nn.Module):
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
-        dim, inner = sizes.dim, sizes.vit_dim
+        dim, inner = sizes.token_dim or sizes.dim, sizes.vit_dim
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         if inner != dim:
             self.in_proj, self.out_proj = nn.Linear(dim, inner), nn.Linear(inner, dim)
@@ -92,16 +92,22 @@ class SegmentVit(nn.Module):
         super().__init__()
         self.traj_tokenizer = TrajectoryEncoder(sizes)
         self.vision_encoder = TokenVit(sizes)
-        self.norm = nn.LayerNorm(sizes.dim)
+        self.norm = nn.LayerNorm(sizes.token_dim or sizes.dim)
 
     def forward(
-        self, x_BTHWC: torch.Tensor, level: int = 0, labels_BN: torch.Tensor | None = None, *, masked: bool = False
+        self,
+        x_BTHWC: torch.Tensor,
+        level: int = 0,
+        labels_BN: torch.Tensor | None = None,
+        *,
+        masked: bool = False,
+        features_BND: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Segmentation]:
         """(B,1+M,D), the first row that of the clip; and tokens, validity and segmentation of TrajectoryEncoder.
 
         By default unused slots are seen, as the published model was trained; with `masked` they are not.
         """
-        tokens, valid, found = self.traj_tokenizer(x_BTHWC, level, labels_BN)
+        tokens, valid, found = self.traj_tokenizer(x_BTHWC, level, labels_BN, features_BND=features_BND)
         return self.norm(self.vision_encoder(tokens, valid if masked else None)), tokens, valid, found
 
 
@@ -161,7 +167,7 @@ class SegmentClip(nn.Module):
         super().__init__()
         self.vision_encoder = SegmentVit(sizes)
         self.text_encoder = TextEncoder()
-        self.vision_proj = nn.Linear(sizes.dim, EMBED)
+        self.vision_proj = nn.Linear(sizes.token_dim or sizes.dim, EMBED)
         self.text_proj = nn.Linear(TEXT_DIM, EMBED)
         self.temp = nn.Parameter(torch.tensor(0.07))
 

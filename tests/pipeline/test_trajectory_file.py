@@ -26,6 +26,7 @@ def clip_of(number: int, dtype: str = "float16", dim: int = 16) -> TrajectoryTok
         chunks_N=np.zeros(num, np.int64),
         trajectories_N=np.arange(num),
         assignment_Thw=random.integers(0, 128, (2, 7, 7), dtype=np.uint8),
+        chunk_frames=2,
         num_valid=2,
         mass_N=None if number % 2 else random.random(num, dtype=np.float32),
     )

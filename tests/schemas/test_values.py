@@ -34,6 +34,7 @@ def trajectory_tokens(values_Nd: np.ndarray, num_slots: int, assignment: np.ndar
         chunks_N=slots,
         trajectories_N=slots,
         assignment_Thw=np.zeros((1, 2, 2), np.uint8) if assignment is None else assignment,
+        chunk_frames=1,
         num_valid=1,
     )
 

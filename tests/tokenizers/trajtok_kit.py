@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from tokenmill.tokenizers.trajtok import build_segment_vit
+from tokenmill.tokenizers.trajtok_model import Sizes
+from tokenmill.tokenizers.trajtok_towers import SegmentVit
+
 GOLDEN = Path(__file__).parent.parent / "golden" / "trajtok"
+# Everything is there, and little of it: the rules are the same.
+TINY = Sizes(
+    dim=64, num_slots=8, grid=14, level=2, vit_layers=2, vit_heads=4, vit_dim=64,
+    depths=(1, 1, 2, 1), widths=(8, 16, 24, 32),
+)  # fmt: skip
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -32,15 +41,25 @@ def parameter(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     elif len(shape) <= 1:
         z = 1.0 + 0.1 * z if leaf == "weight" else 0.05 * z
     else:
-        z = z / math.sqrt(math.prod(shape[1:]))
+        z /= math.sqrt(math.prod(shape[1:]))
     return torch.from_numpy(np.asarray(z, dtype=np.float32))
 
 
 def filled(model: nn.Module, prefix: str) -> nn.Module:
-    """`model` with those values, for keys behind `prefix`."""
+    """`model` with those values, for keys behind `prefix`; one made on the meta device is then on the CPU."""
+    if any(value.is_meta for value in model.parameters()):
+        model = model.to_empty(device="cpu")
     with torch.no_grad():
         for key, value in model.state_dict().items():
             value.copy_(parameter(prefix + key, tuple(value.shape)))
+    return model
+
+
+def vit_of(sizes: Sizes) -> SegmentVit:
+    """The model of these sizes with those values."""
+    with torch.device("meta"):
+        model = build_segment_vit(sizes)
+    filled(model, "vision_encoder.")
     return model
 
 
