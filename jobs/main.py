@@ -168,13 +168,17 @@ def verify(
     lpips: Annotated[
         str | None, typer.Option(metavar="WEIGHTS", help="With --quality: a VidTok checkpoint, for its LPIPS networks.")
     ] = None,
+    truth: Annotated[
+        str | None, typer.Option(metavar="NAME", help="With --quality: masks to compare all others with, as true ones.")
+    ] = None,
 ) -> None:
     """Check that every file that manifests, plans and snapshots name is there, and the account; exit code 1 if not."""
     from .verify import verify_cache
 
-    if lpips and quality is None:
-        raise typer.BadParameter("it is measured with --quality P", param_hint="--lpips")
-    problems = verify_cache(cache, deep=deep, retokenize=retokenize, quality=quality, lpips=lpips)
+    for name, value in (("--lpips", lpips), ("--truth", truth)):
+        if value and quality is None:
+            raise typer.BadParameter("it is measured with --quality P", param_hint=name)
+    problems = verify_cache(cache, deep=deep, retokenize=retokenize, quality=quality, lpips=lpips, truth=truth)
     raise typer.Exit(1 if problems else 0)
 
 

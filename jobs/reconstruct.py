@@ -14,10 +14,11 @@ from ..pipeline.render import overlay, side_by_side, write_sheet, write_video
 from ..pipeline.storage import written_aside
 from ..schemas.clip import Clip, ClipFailure, Video
 from ..schemas.errors import CacheError, DecodeError
-from ..schemas.shard import TOKENS
+from ..schemas.shard import MASKS, TOKENS
 from ..tokenizers.base import TrajectoryTokenizer
 from .build import build_encoder, build_frame_decoder, recipe_of
 from .export import trajectory_ids_of
+from .mask_quality import clip_tracks, segmented_products
 
 
 def reconstruct_clip(
@@ -47,21 +48,23 @@ def show_masks(
     product, tracks_THW, names = tracks_of(opened, masks, full_id)
     clip, source_THWC = source_of(opened, full_id)
     source_THWC = source_THWC[: clip.num_valid]
-    coloured_THWC = overlay(source_THWC, tracks_THW[: clip.num_valid], names)
+    coloured_THWC = overlay(source_THWC, tracks_THW, names)
     _show(clip, source_THWC, coloured_THWC, product, output, png)
     print(f"{len(names)} trajectories")
 
 
 def tracks_of(cache: TokenCache, name: str, clip_id: str) -> tuple[str, np.ndarray, list[str]]:
-    """The product called `name`, the clip's tracks (T,h,w) in it, and the name of each trajectory."""
-    trajectory_products = [p for p in cache.info.products if p.startswith(TOKENS) and cache.has_trajectories(p)]
-    if name in trajectory_products or f"{TOKENS}{name}" in trajectory_products:
-        product = cache.product(name)
-        (tokens,) = cache.read_trajectories(product, [clip_id])
-        return product, tokens.tracks_Thw, [f"{clip_id}-{n}" for n in range(int(tokens.trajectories_N.max()) + 1)]
-    product = cache.masks_product(name)
-    (masks,) = cache.read_masks(product, [clip_id])
-    return product, masks.tracks_THW, trajectory_ids_of(cache, product, [clip_id])[clip_id]
+    """The product called `name`, the tracks (T,h,w) of the clip's real frames, and the name of each trajectory."""
+    if name in segmented_products(cache):
+        product = name
+    elif f"{TOKENS}{name}" in segmented_products(cache):
+        product = f"{TOKENS}{name}"
+    else:
+        product = cache.masks_product(name)
+    tracks_THW = clip_tracks(cache, product, clip_id)
+    if product.startswith(MASKS):
+        return product, tracks_THW, trajectory_ids_of(cache, product, [clip_id])[clip_id]
+    return product, tracks_THW, [f"{clip_id}-{n}" for n in range(int(tracks_THW.max()))]
 
 
 def _show(clip: Clip, source_THWC: np.ndarray, made_THWC: np.ndarray, name: str, output: str, png: str | None) -> None:

@@ -17,6 +17,7 @@ from ..schemas.digest import digest_of_stream
 from ..schemas.errors import CacheError, StorageError
 from ..schemas.plan import PLAN_REMEDY
 from ..schemas.shard import CLIPS, EMBEDDINGS, SHORT_DIGEST, TOKENS, WEBDATASET, FileEntry
+from .mask_quality import measure_masks
 from .quality import measure_quality
 from .retokenize import retokenize_sample
 
@@ -32,14 +33,21 @@ class NamedFile:
 
 
 def verify_cache(
-    cache: str, *, deep: bool, retokenize: float | None, quality: float | None = None, lpips: str | None = None
+    cache: str,
+    *,
+    deep: bool,
+    retokenize: float | None,
+    quality: float | None = None,
+    lpips: str | None = None,
+    truth: str | None = None,
 ) -> list[str]:
     """Check files, account and snapshots; print what was found and return the problems, one line each.
 
     Sizes are checked by one listing; with `deep` every file is read against its SHA-256 and row count. `retokenize` is
     the fraction of clips to make again from their sources; `quality` that of clips whose tokens to decode and compare
-    with sources, also by the LPIPS networks in the checkpoint `lpips`. Files and account are checked from plans
-    and manifests alone: the index is derived from what is checked here.
+    with sources, also by the LPIPS networks in the checkpoint `lpips`, and whose masks to compare with those of the
+    product `truth`. Files and account are checked from plans and manifests alone: the index is derived from what is
+    checked here.
     """
     opened = open_cache(cache)
     state = live_state(opened.folder)
@@ -58,7 +66,10 @@ def verify_cache(
     if quality is not None and problems:
         print("no tokens were decoded: mend the problems first")
     elif quality is not None:
-        problems += measure_quality(opened, quality, lpips)
+        if opened.grid_products:
+            problems += measure_quality(opened, quality, lpips)
+        if truth:
+            measure_masks(opened, quality, truth)
     for problem in problems:
         print(f"problem: {problem}")
     return problems

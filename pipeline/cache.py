@@ -94,7 +94,8 @@ class TokenCache:
     @property
     def grid_products(self) -> list[str]:
         """Those of them whose tokens lie in grids."""
-        return [product for product in self.token_products if not self.has_trajectories(product)]
+        products = [product for product, entry in self.info.products.items() if entry.tokenizer]
+        return [product for product in products if not self.has_trajectories(product)]
 
     def has_trajectories(self, product: str) -> bool:
         """Whether the tokens of a product stand for trajectories."""

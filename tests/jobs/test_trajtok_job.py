@@ -9,7 +9,7 @@ import torch
 
 import tokenmill as library
 from tokenmill.schemas.errors import CacheError
-from tokenmill.tokenizers import trajtok_model
+from tokenmill.tokenizers import trajtok_model, trajtok_segmenter
 from tokenmill.tokenizers.load import load_tokenizer
 from tokenmill.tokenizers.trajtok_model import Sizes
 from tokenmill.tokenizers.trajtok_tokenizer import vision_of
@@ -27,7 +27,8 @@ CLIPS = {"num_frames": 8, "height": 56, "width": 56, "fps": 8, "resize": "squash
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trajtok_model, "IMAGE_SIDE", 56)
+        for module in (trajtok_model, trajtok_segmenter):
+            patch.setattr(module, "IMAGE_SIDE", 56)
         model = filled(vision_of(SIZES), "")
         yield published(model, tmp_path_factory.mktemp("weights") / "model.pth")  # type: ignore[arg-type]
 
@@ -172,6 +173,12 @@ def test_tokens_of_trajectories_are_shown_and_do_not_decode(
     refused = tokenmill("reconstruct", cache, clip_id, "x.mp4", "--product", "objects")
     assert refused.code == 1
     assert "tokens of trajectories do not decode to frames" in refused.err
+    scored = tokenmill("verify", cache, "--quality", "0.2", "--truth", "seen")
+    assert scored.code == 0, scored.out
+    assert [line.split()[0] for line in scored.out.splitlines() if "tokens/objects" in line] == ["tokens/objects"]
+    # The tokenizer's own segmenter made both: at the grid's size they are the same, borders apart.
+    (found,) = [line.split() for line in scored.out.splitlines() if "tokens/objects" in line]
+    assert float(found[2]) > 0.9
     absent = tokenmill("reconstruct", cache, clip_id, "x.mp4", "--masks", "sen")
     assert absent.code == 1
     assert "no product masks/sen (did you mean 'seen'?)" in absent.err
