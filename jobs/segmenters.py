@@ -49,10 +49,26 @@ def _load_sidecars(settings: Settings, sampling: Sampling) -> Segmenter:
     return Sidecars(parse_options(SidecarsOptions, settings.options), sampling)
 
 
+def _load_sam2(settings: Settings, sampling: Sampling) -> Segmenter:
+    from ..pipeline.sam2 import Sam2, Sam2Options
+    from ..schemas.recipe import parse_options
+    from ..tokenizers.weights import fetch_folder
+
+    if settings.weights is None:
+        raise TokenizerError(
+            "sam2 needs weights, found none: set weights to a folder with config.json and model.safetensors of a"
+            " Sam2VideoModel of transformers, for instance hf://facebook/sam2.1-hiera-small"
+        )
+    options = parse_options(Sam2Options, settings.options)
+    folder = fetch_folder(settings.weights)
+    return Sam2(folder.path, folder.sha256, settings.device, settings.dtype, options)
+
+
 # Loaders import their segmenter when called: loading one imports no other.
 SEGMENTERS: dict[str, Callable[[Settings, Sampling], Segmenter]] = {
     "fake": _load_fake,
     "slic3d": _load_slic3d,
+    "sam2": _load_sam2,
     "sidecars": _load_sidecars,
     "trajtok": _load_trajtok,
 }

@@ -12,6 +12,7 @@ from tokenmill.pipeline.segment import FakeSegmenter
 from tokenmill.schemas.clip import ClipFailure
 from tokenmill.schemas.errors import CacheError
 
+from ..pipeline.sam2_kit import save
 from ..pipeline.test_webdataset_output import read_back
 from .conftest import Command
 
@@ -183,3 +184,26 @@ def test_a_segmenter_that_cannot_be_is_refused_before_any_work(
     assert run.code == 2
     assert re.search(message, run.err), run.err
     assert not (tmp_path / "cache").exists()
+
+
+def test_a_job_makes_masks_by_sam2_and_by_slic3d_beside_tokens(
+    tokenmill: Command, write_recipe: Callable[..., str], footage: Path, tmp_path: Path
+) -> None:
+    weights = save(tmp_path / "sam2")
+    options = {"points_per_side": 4, "predicted_iou": 0.0, "stability": 0.0, "max_objects": 3}
+    masks = {
+        "tracked": {"segmenter": "sam2", "weights": weights, "options": options},
+        "regions": {"segmenter": "slic3d"},
+    }
+    sources, clips = [footage / "carphone_pristine.mp4"], {"num_frames": 4, "height": 32, "width": 48, "fps": 2}
+    run = tokenmill("run", write_recipe(sources, clips=clips, masks=masks))
+    assert run.code == 0, run.err
+    cache = library.open_cache(str(tmp_path / "cache"))
+    counts = cache.sql("select product, count(*) as n from masks group by all order by product").to_pylist()
+    assert [row["product"] for row in counts] == ["regions", "tracked"]
+    assert len({row["n"] for row in counts}) == 1
+    assert cache.info.products["masks/tracked"].segmenter["options"]["max_objects"] == 3
+    run = tokenmill("verify", str(tmp_path / "cache"), "--retokenize", "0.5", "--quality", "1", "--truth", "regions")
+    assert run.code == 0, run.out
+    assert "masks/tracked: 0 of" in run.out
+    assert "against masks/regions" in run.out

@@ -27,6 +27,11 @@ def test_pan_is_no_cut() -> None:
     assert cuts_among(changes_of(frames_THWC), CUT) == []
 
 
+def test_same_colours_elsewhere_are_no_cut() -> None:
+    frames_THWC = np.stack([texture(3), texture(3)[:, ::-1]])
+    assert cuts_among(changes_of(frames_THWC), CUT) == []
+
+
 def test_fade_is_no_cut() -> None:
     frames_THWC = np.stack([(texture(3) * (1 - t / 16)).astype(np.uint8) for t in range(17)])
     assert cuts_among(changes_of(frames_THWC), CUT) == []

@@ -157,6 +157,34 @@ def test_objects_are_prompted_in_batches_and_forgotten_after_each_chunk() -> Non
     assert [[len(group) for group in groups_of] for groups_of in groups] == [[], *[[2, 1]] * 4]
 
 
+def test_frame_after_which_nothing_follows_is_not_searched() -> None:
+    network = TrueNetwork(moving(9))
+    tracks_of(still(9), network, Sam2Options(key_every=100, check_every=4, points_per_side=8))
+    assert set(network.points_at) == {0, 4}
+
+
+def test_of_masks_of_one_object_the_best_rated_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels_THW = moving(2)
+    network = TrueNetwork(labels_THW)
+    exact = network.decode
+
+    def decode(t: int, points_P2: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each point first its mask moved by a pixel and rated well, then the true mask, rated better."""
+        logits_NHW, _ = exact(t, points_P2)
+        pairs_P2HW = torch.stack([logits_NHW[::2].roll(1, dims=1), logits_NHW[::2]], dim=1)
+        return pairs_P2HW.flatten(0, 1), torch.tensor([0.85, 0.95] * len(points_P2))
+
+    monkeypatch.setattr(network, "decode", decode)
+    tracks_THW = tracks_of(still(2), network, Sam2Options(points_per_side=12, same_iou=0.5))
+    assert ((tracks_THW > 0) == (labels_THW > 0)).all()
+
+
+def test_only_the_best_candidates_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmill.pipeline.sam2.MOST_CANDIDATES", 1)
+    tracks_THW = tracks_of(still(1), TrueNetwork(moving(1)), Sam2Options(points_per_side=8))
+    assert tracks_THW.max() == 1
+
+
 def test_clip_in_which_nothing_is_found_is_all_zero() -> None:
     tracks_THW = tracks_of(still(5), TrueNetwork(np.zeros((5, 32, 40), np.int32)), Sam2Options(points_per_side=4))
     assert tracks_THW.shape == (5, 32, 40)
