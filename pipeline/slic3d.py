@@ -19,7 +19,9 @@ from .resize import RESIZE_REVISION, resize_frame
 LAB_STEPS = 64  # per unit: rounding hides what processors disagree about in the last digit
 # Orthonormal: brightness, then two differences of colour, in columns.
 OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [0.5, 0.5, -1]]).T / np.sqrt([3, 2, 1.5])
-MOST_GRADIENT = 2.0  # cuts: segments that differ by more stay apart, even where one turns into the other slowly
+# Grey levels: a window whose colours spread less has its cut lowered alike, to LEAST_CUT of it at most.
+FULL_SPREAD, LEAST_CUT = 42.0, 0.5
+MOST_GRADIENT = 1.5  # cuts: segments that differ by more stay apart, even where one turns into the other slowly
 LEAST_VOXELS = 16  # of a supervoxel, on average
 STAY = 100.0  # squared grey levels: a pixel changes its track where it looks clearly more like another
 
@@ -30,7 +32,7 @@ class Slic3dOptions(Section):
     num_supervoxels: int = Field(default=300, ge=1, le=1000, description="in a whole window, about")
     compactness: float = Field(default=12.0, gt=0, le=1000, description="how much nearness counts beside colour (Lab)")
     spacing: float = Field(default=4.0, gt=0, le=1000, description="pixels that a step in time counts as")
-    iterations: int = Field(default=7, ge=1, le=100, description="of SLIC")
+    iterations: int = Field(default=10, ge=1, le=100, description="of SLIC")
     cut: float = Field(default=24.0, ge=0, description="grey levels (RGB distance): segments that differ by more stay")
     brightness: float = Field(default=0.5, ge=0, le=1, description="how much brightness counts beside colour in it")
     least_share: float = Field(default=0.001, ge=0, lt=1, description="of a window: smaller segments join the nearest")
@@ -112,12 +114,14 @@ def supervoxels(small_Thwc: np.ndarray, options: Slic3dOptions) -> np.ndarray:
 def merged(supervoxels_Thw: np.ndarray, colours_n3: np.ndarray, options: Slic3dOptions) -> np.ndarray:
     """The segment (from 0) of each supervoxel of these mean RGB colours.
 
-    The two neighbours that differ least become one, again and again, until all differ by more than the cut. Then
-    segments below the least share go to the neighbour that differs least.
+    The two neighbours that differ least become one, again and again, until all differ by more than the cut (less where
+    colours spread little). Then segments below the least share go to the neighbour that differs least.
     """
     sizes_n = np.bincount(supervoxels_Thw.ravel(), minlength=len(colours_n3))
-    graph = SegmentGraph(sizes_n, opponent(colours_n3, options.brightness), faces_between(supervoxels_Thw))
-    while (pair := graph.nearest_pair()) is not None and graph.costs_nn[pair] <= options.cut:
+    opponent_n3 = opponent(colours_n3, options.brightness)
+    graph = SegmentGraph(sizes_n, opponent_n3, faces_between(supervoxels_Thw))
+    cut = options.cut * max(LEAST_CUT, min(1.0, _spread(opponent_n3, sizes_n) / FULL_SPREAD))
+    while (pair := graph.nearest_pair()) is not None and graph.costs_nn[pair] <= cut:
         graph.merge(*pair)
     least = options.least_share * supervoxels_Thw.size
     while (i := graph.smallest()) is not None and graph.sizes_n[i] < least:
@@ -234,6 +238,13 @@ def _means(labels_Thw: np.ndarray, values_Thwc: np.ndarray) -> np.ndarray:
     flat = labels_Thw.ravel()
     sums = [np.bincount(flat, weights=values_Thwc[..., i].ravel()) for i in range(3)]
     return np.stack(sums, axis=1) / np.bincount(flat)[:, None]
+
+
+def _spread(colours_n3: np.ndarray, sizes_n: np.ndarray) -> float:
+    """The standard deviation of the colours of so many pixels each, over all three values."""
+    weights_n1 = sizes_n[:, None] / sizes_n.sum()
+    apart_n3 = colours_n3 - (colours_n3 * weights_n1).sum(axis=0)
+    return math.sqrt(float((apart_n3 * apart_n3 * weights_n1).sum()))
 
 
 def _distances(one_n3: np.ndarray, other_m3: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The blocks of TrajTok: a ConvNeXt, perceivers with rotary positions, and a ViT over tokens."""
+"""The blocks of TrajTok: a ConvNeXt, and perceivers with rotary positions."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Self
@@ -131,8 +131,8 @@ def attend_by_slot(
     """Attention (H,M,d) of the L latents of each slot, to keys and values of latents and to the slot's patches.
 
     A slot gives these keys and values (H,d,L'), its patches (n,D) and their angles. Few latents read many patches, so
-    it is cheaper to take the latents to the patches: the products with keys (but those that turn) and values are done
-    for the latents, before and after the patches are read.
+    only the channels that turn are made of patches: for the other keys and the values, latents are multiplied by the
+    weights, before and after they read the patches as they are.
     """
     k_weight, v_weight = kv_weight.unflatten(0, (2, HEADS, -1))
     turning = k_weight[:, :num_turned].flatten(0, 1)
@@ -141,12 +141,12 @@ def attend_by_slot(
     by_slot = (x.unflatten(1, q_HdSL.shape[2:]).unbind(1) for x in (queries, sights))
     of_latents, read = [], []
     for q, sight, (own_k, own_v, x, angles) in zip(*by_slot, slots, strict=True):
-        k = rotated((turning @ x.mT).unflatten(0, (HEADS, -1)), angles)
-        scores = q[..., :num_turned] @ k + sight @ x.mT
+        k, seen = (F.linear(rows, x).unflatten(0, (HEADS, -1)) for rows in (turning, sight.flatten(0, 1)))
+        scores = q[..., :num_turned] @ rotated(k, angles) + seen
         shares = torch.cat((q @ own_k, scores), dim=-1).float().softmax(-1).to(x.dtype)
         own_shares, shares = shares.tensor_split((own_k.shape[-1],), dim=-1)
         of_latents.append(own_shares @ own_v.mT)
-        read.append(shares @ x)
+        read.append((shares.flatten(0, 1) @ x).unflatten(0, (HEADS, -1)))
     return torch.cat(of_latents, dim=1) + torch.cat(read, dim=1) @ v_weight.mT
 
 
