@@ -38,7 +38,9 @@ def decode_nothing(clips: Sequence[Clip]) -> Iterator[ClipFrames | ClipFailure |
     yield None
     for i, clip in enumerate(clips):
         frames_THWC = np.full((17, 256, 256, 3), i % 256, np.uint8)
-        yield ClipFrames(clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, frame_numbers=(0,), decoder="nothing")
+        yield ClipFrames(
+            clip=clip, frames_THWC=frames_THWC, decoded_pts_s=clip.frame_pts_s, frame_numbers=(0,), decoder="nothing"
+        )
 
 
 def serve() -> Serve:

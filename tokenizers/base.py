@@ -30,8 +30,8 @@ class TrajectoryBatch:
 
     `values_BNd` are latents of the spec's dtype, of which those in `valid_BN` (bool) stand for a trajectory.
     `slots_N` is the slot of each row, `chunks_N` the part of the clip (from 0), both int16; `trajectories_BN` (int16)
-    numbers trajectories of the clip over its chunks, from 0 in the order of their first row, -1 where not valid. A chunk
-    has `chunk_frames` frames, the last one perhaps fewer.
+    numbers trajectories of the clip over its chunks, from 0 in the order of their first row, -1 where not valid. A
+    chunk has `chunk_frames` frames, the last one perhaps fewer.
     `assignment_BThw` (uint8) is the slot of every patch. `mass_BN` (float32), where asked for, is how many patches each
     slot has by soft shares. `embedding_BE` (float32, of length 1), where asked for, is the clip in the space of texts.
     """

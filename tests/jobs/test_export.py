@@ -282,7 +282,7 @@ def test_an_export_goes_to_any_store(tokenmill: Command, made: Path, tmp_path: P
     [
         (("full",), "full: not empty (notes.txt is there): give an empty or new folder"),
         (("out", "--product", "fak"), "no product tokens/fak (did you mean 'fake'?); there are"),
-        (("out", "--where", "num_valid > 99"), "no clip has tokens/dct, tokens/fake where num_valid > 99: tokenmill sql"),
+        (("out", "--where", "num_valid > 99"), "no clip has tokens/dct, tokens/fake where num_valid > 99: tokenmill"),
         (("out", "--where", "nonsense"), "the query failed"),
     ],
 )

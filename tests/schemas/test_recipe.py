@@ -92,5 +92,6 @@ def test_the_full_example_shows_every_key_and_its_default() -> None:
         type(shown.executor)(),
     )
     assert shown.masks["objects"] == type(shown.masks["objects"])(segmenter="slic3d")
-    for section in (shown, shown.clips, shown.tokens["dct"], shown.masks["objects"], shown.decode, shown.shards, shown.executor):
+    tokens, masks = shown.tokens["dct"], shown.masks["objects"]
+    for section in (shown, shown.clips, tokens, masks, shown.decode, shown.shards, shown.executor):
         assert set(type(section).model_fields) <= {line.strip(" -#").partition(":")[0] for line in text.splitlines()}
