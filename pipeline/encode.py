@@ -114,6 +114,7 @@ class EncodedBatch:
 
     def __init__(self, tensors: Tensors, num_valid_B: tuple[int, ...], num_splits: int) -> None:
         self.num_splits, self._num_valid_B = num_splits, num_valid_B
+        self._trajectories: list[TrajectoryTokens] | None = None
         values = tensors[VALUES]
         self._arrival = torch.cuda.Event() if values.is_cuda else None
         self._tensors = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
@@ -123,8 +124,8 @@ class EncodedBatch:
     @property
     def num_tokens(self) -> int:
         """How many tokens the clips have together; those of trajectories are waited for."""
-        if "valid" in self._tensors:
-            return int(self._valid_BN().sum())
+        if self._trajectories is not None or "valid" in self._tensors:
+            return sum(len(clip.values_Nd) for clip in self.trajectories())
         return math.prod(self._tensors[VALUES].shape[:4])
 
     def wait(self) -> Tensors:
@@ -142,9 +143,14 @@ class EncodedBatch:
         return self._tensors
 
     def trajectories(self) -> list[TrajectoryTokens]:
-        """The tokens of each clip, where tokens stand for trajectories; bfloat16 as the int16 of its bits."""
+        """The tokens of each clip, where tokens stand for trajectories; bfloat16 as the int16 of its bits.
+
+        Of what the tokenizer gave, embeddings alone are kept besides: rows of no trajectory are not worth memory.
+        """
+        if self._trajectories is not None:
+            return self._trajectories
         tensors = self.wait()
-        made = []
+        made: list[TrajectoryTokens] = []
         for i, (num_valid, valid) in enumerate(zip(self._num_valid_B, self._valid_BN(), strict=True)):
             made.append(
                 TrajectoryTokens(
@@ -158,6 +164,8 @@ class EncodedBatch:
                     mass_N=tensors["mass"][i][valid].float().numpy() if "mass" in tensors else None,
                 )
             )
+        self._trajectories = made
+        self._tensors = {name: tensor for name, tensor in tensors.items() if name == "embedding"}
         return made
 
     def _valid_BN(self) -> torch.Tensor:

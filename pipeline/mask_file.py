@@ -47,6 +47,35 @@ MASK_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PackedMasks:
+    """The masks of a clip in few bytes, as a file has them; `areas_MT` (int32) is of its real frames alone."""
+
+    masks: bytes
+    graph: bytes
+    shape_thw: tuple[int, int, int]
+    num_valid: int
+    areas_MT: np.ndarray
+
+    @classmethod
+    def pack(cls, masks: ClipMasks) -> "PackedMasks":
+        """The same masks packed."""
+        num_frames, height, width = masks.masks_THW.shape
+        return cls(
+            masks=pack_planes(masks.masks_THW),
+            graph=pack_planes(masks.graph_MT.astype(np.uint8)[None]),
+            shape_thw=(num_frames, height, width),
+            num_valid=masks.num_valid,
+            areas_MT=masks.areas_MT[:, : masks.num_valid].astype(np.int32),
+        )
+
+    def unpack(self) -> ClipMasks:
+        """The masks themselves."""
+        graph_1MT = unpack_planes(self.graph, (1, len(self.areas_MT), self.shape_thw[0]))
+        masks_THW = unpack_planes(self.masks, self.shape_thw)
+        return ClipMasks(masks_THW=masks_THW, graph_MT=graph_1MT[0].astype(np.int64), num_valid=self.num_valid)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MaskRow:
     """The masks of a clip on their way into a file, with the clip's own row and an id for every trajectory.
 
@@ -54,7 +83,7 @@ class MaskRow:
     """
 
     clip: Mapping[str, Any]
-    masks: ClipMasks
+    masks: PackedMasks
     trajectory_ids: Sequence[str]
 
 
@@ -76,24 +105,23 @@ def write_mask_file(path: str, rows: Sequence[MaskRow], spec: Mapping[str, Any],
     with open(path, "rb") as stream:
         file = MaskFile(stream.read(), path)
     for number, row in enumerate(rows):
-        found = file.read(number)
-        masks = row.masks
-        if not np.array_equal(found.masks_THW, masks.masks_THW) or not np.array_equal(found.graph_MT, masks.graph_MT):
+        found = file.stored(number)
+        if (found["masks"], found["graph"]) != (row.masks.masks, row.masks.graph):
             raise CacheError(f"{path}: row {number} was not stored as written; check the disk")
 
 
 def _stored(row: MaskRow) -> dict[str, Any]:
     masks, clip = row.masks, row.clip
-    num_frames, height, width = masks.masks_THW.shape
+    num_frames, height, width = masks.shape_thw
     return {
         **{name: clip[name] for name in ("clip_id", "video_id", "num_valid", "frame_pts_s")},
         "num_frames": num_frames,
         "height": height,
         "width": width,
-        "num_trajectories": len(masks.graph_MT),
+        "num_trajectories": len(masks.areas_MT),
         "trajectories": trajectories_of(row),
-        "graph": pack_planes(masks.graph_MT.astype(np.uint8)[None]),
-        "masks": pack_planes(masks.masks_THW),
+        "graph": masks.graph,
+        "masks": masks.masks,
     }
 
 
@@ -103,9 +131,8 @@ def trajectories_of(row: MaskRow) -> list[dict[str, Any]]:
     It begins when its first frame is shown and ends when the frame after its last one is, or the clip ends.
     """
     edges_s = [*row.clip["frame_pts_s"], row.clip["end_s"]]
-    areas_MT = row.masks.areas_MT[:, : row.masks.num_valid]
     found = []
-    for trajectory_id, areas_T in zip(row.trajectory_ids, areas_MT, strict=True):
+    for trajectory_id, areas_T in zip(row.trajectory_ids, row.masks.areas_MT, strict=True):
         frames = areas_T.nonzero()[0]
         found.append(
             {
@@ -139,11 +166,8 @@ class MaskFile:
 
     def read(self, row: int) -> ClipMasks:
         """The masks of one clip; CacheError where they are damaged."""
-        if not 0 <= row < self.num_rows:
-            raise IndexError(f"{self._name} has {self.num_rows} rows, asked for {row}")
-        group = int(np.searchsorted(self._group_ends, row, side="right"))
         try:
-            stored = self._rows(group)[row - (int(self._group_ends[group - 1]) if group else 0)]
+            stored = self.stored(row)
             shape = stored["num_frames"], stored["height"], stored["width"]
             graph = unpack_planes(stored["graph"], (1, stored["num_trajectories"], stored["num_frames"]))[0]
             masks_THW = unpack_planes(stored["masks"], shape)
@@ -153,6 +177,13 @@ class MaskFile:
                 f" file's manifest and run the recipe again"
             ) from None
         return ClipMasks(masks_THW=masks_THW, graph_MT=graph.astype(np.int64), num_valid=stored["num_valid"])
+
+    def stored(self, row: int) -> dict[str, Any]:
+        """The columns of one clip that its masks take, as they are in the file."""
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"{self._name} has {self.num_rows} rows, asked for {row}")
+        group = int(np.searchsorted(self._group_ends, row, side="right"))
+        return self._rows(group)[row - (int(self._group_ends[group - 1]) if group else 0)]
 
     def _rows(self, group: int) -> list[dict[str, Any]]:
         """The rows of a row group; those of the last one are kept."""

@@ -23,11 +23,13 @@ def process_shard(task: ShardTask, worker: Worker) -> Generator[ShardProgress | 
         for clips, failures in batches(decoded, worker.batch_size):
             clock.lap("decode")
             rows.failures.extend(failures)
+            rows.add_clips(clips)
             masks = segment(clips, task.products, worker)
+            rows.add_masks(masks)
             failures += [one for made in masks.values() for one in made if isinstance(one, ClipFailure)]
             clock.lap("segment")
             tokens = tokenize(FrameBatch.stack(clips), task.products, worker) if clips else {}
-            rows.add(clips, tokens, masks)
+            rows.add_tokens(tokens)
             clock.lap("tokenize")
             num_before, num_retries = num_retries, retry_counts().total()
             yield ShardProgress(

@@ -41,7 +41,8 @@ def write_shard_tar(staging: str, rows: ShardRows, texts: Mapping[str, VideoText
         described[name] = {"segmenter": json.loads(json.dumps(asdict(maker.segmenter.spec)))}
         for row in rows.sorted_masks(product):
             ids = np.array(row.trajectory_ids, np.str_)
-            found = {"masks": row.masks.masks_THW, "graph": row.masks.graph_MT, "trajectory_ids": ids}
+            masks = row.masks.unpack()
+            found = {"masks": masks.masks_THW, "graph": masks.graph_MT, "trajectory_ids": ids}
             members[row.clip["clip_id"]][name] = found
     samples = (
         Sample(clip=clip, text=texts.get(clip["video_id"], VideoText()), arrays=members[clip["clip_id"]])

@@ -14,10 +14,10 @@ from ..schemas.shard import EMBEDDINGS, TOKENS, WEBDATASET
 from ..schemas.tables import CLIP_SCHEMA, with_format
 from ..schemas.tokens import TrajectoryTokens
 from .encode import VALUES, BatchEncoder, EncodedBatch, bits_of
-from .mask_file import MaskRow, write_mask_file
+from .mask_file import MaskRow, PackedMasks, write_mask_file
 from .segment import MaskMaker, SegmentedClip
 from .token_file import FINGERPRINT, TokenLayout, write_token_file
-from .trajectories import trajectory_ids
+from .trajectories import ClipLinks
 from .trajectory_file import write_trajectory_file
 
 TOKEN_ROWS_SCHEMA = pa.schema(
@@ -29,25 +29,19 @@ TOKEN_ROWS_SCHEMA = pa.schema(
 class ShardRows:
     """What a shard has made so far: decoded clips without their frames, tokens and masks by product, failures.
 
-    `mask_failures` are, by product, of clips that were decoded and could not be segmented.
+    `links` say, by product of masks, which trajectories go on from clip to clip. `mask_failures` are, by product, of
+    clips that were decoded and could not be segmented.
     """
 
     clips: list[dict] = field(default_factory=list)
     tokens: dict[str, list[EncodedBatch]] = field(default_factory=dict)
-    masks: dict[str, dict[str, SegmentedClip]] = field(default_factory=dict)
+    masks: dict[str, dict[str, PackedMasks]] = field(default_factory=dict)
+    links: dict[str, ClipLinks] = field(default_factory=dict)
     failures: list[ClipFailure] = field(default_factory=list)
     mask_failures: dict[str, list[ClipFailure]] = field(default_factory=dict)
 
-    def add(
-        self,
-        decoded: Sequence[ClipFrames],
-        tokens: Mapping[str, EncodedBatch],
-        masks: Mapping[str, Sequence[SegmentedClip | ClipFailure]],
-    ) -> None:
-        """Append a batch: the clips, and for each product their tokens or masks in the same order.
-
-        A GPU may still be at work on tokens: they are waited for when the next batch is on its way.
-        """
+    def add_clips(self, decoded: Sequence[ClipFrames]) -> None:
+        """Append a batch of clips."""
         for one in decoded:
             self.clips.append(
                 {
@@ -61,19 +55,28 @@ class ShardRows:
                     "decoder": one.decoder,
                 }
             )
+
+    def add_masks(self, made: Mapping[str, Sequence[SegmentedClip | ClipFailure]]) -> None:
+        """Append the masks of the clips that were added last, by product, in their order."""
+        for product, segmented in made.items():
+            masks, links = self.masks.setdefault(product, {}), self.links.setdefault(product, ClipLinks())
+            for clip, one in zip(self.clips[-len(segmented) :], segmented, strict=True):
+                if isinstance(one, ClipFailure):
+                    self.mask_failures.setdefault(product, []).append(one)
+                else:
+                    masks[clip["clip_id"]] = PackedMasks.pack(one.masks)
+                    links.add(clip, one)
+
+    def add_tokens(self, tokens: Mapping[str, EncodedBatch]) -> None:
+        """Append the tokens of the clips that were added last, by product, in their order.
+
+        A GPU may still be at work on them: they are waited for when the next batch is on its way.
+        """
         for product, values in tokens.items():
             held = self.tokens.setdefault(product, [])
             for last in held[-1:]:
                 last.wait()
             held.append(values)
-        for product, made in masks.items():
-            failed = self.mask_failures.setdefault(product, [])
-            failed += [one for one in made if isinstance(one, ClipFailure)]
-            self.masks.setdefault(product, {}).update(
-                (one.clip.clip_id, masks)
-                for one, masks in zip(decoded, made, strict=True)
-                if isinstance(masks, SegmentedClip)
-            )
 
     @property
     def order(self) -> list[int]:
@@ -101,10 +104,9 @@ class ShardRows:
 
     def sorted_masks(self, product: str) -> list[MaskRow]:
         """The masks of all clips that have any, as files have them."""
-        segmented = self.masks.get(product, {})
-        ids = trajectory_ids(self.clips, segmented)
+        masks, ids = self.masks[product], self.links[product].ids(self.clips)
         return [
-            MaskRow(clip=clip, masks=segmented[clip["clip_id"]].masks, trajectory_ids=ids[clip["clip_id"]])
+            MaskRow(clip=clip, masks=masks[clip["clip_id"]], trajectory_ids=ids[clip["clip_id"]])
             for clip in self.sorted_clips(product)
         ]
 

@@ -71,7 +71,8 @@ def rows_of(worker: Worker, value: int = 0, num_clips: int = 5, at_once: int = 5
         ]
         tokens = torch.full((len(chosen), 1, 1, 2), value)
         batch = EncodedBatch({VALUES: tokens}, (1,) * len(decoded), num_splits=value % 2)
-        rows.add(decoded, dict.fromkeys(worker.encoders, batch), {})
+        rows.add_clips(decoded)
+        rows.add_tokens(dict.fromkeys(worker.encoders, batch))
     return rows
 
 

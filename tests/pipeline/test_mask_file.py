@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tokenmill.pipeline.mask_file import MaskFile, MaskRow, trajectories_of, write_mask_file
+from tokenmill.pipeline.mask_file import MaskFile, MaskRow, PackedMasks, trajectories_of, write_mask_file
 from tokenmill.pipeline.segment import masks_of
 from tokenmill.schemas.errors import CacheError
 
@@ -18,7 +18,9 @@ def row_of(number: int, num_tracks: int = 9) -> MaskRow:
     small = np.random.default_rng(number).integers(0, num_tracks + 1, (4, 7, 9))
     masks = masks_of(small.repeat(4, 1).repeat(4, 2), 3, 400)
     clip = {"clip_id": f"{number:032x}", "video_id": "v", "num_valid": 3, "frame_pts_s": (0.0, 0.5, 1.0), "end_s": 1.25}
-    return MaskRow(clip=clip, masks=masks, trajectory_ids=[f"a-{i}" for i in range(len(masks.graph_MT))])
+    return MaskRow(
+        clip=clip, masks=PackedMasks.pack(masks), trajectory_ids=[f"a-{i}" for i in range(len(masks.graph_MT))]
+    )
 
 
 def written(tmp_path: Path, rows: list[MaskRow]) -> Path:
@@ -34,8 +36,9 @@ def test_masks_come_back_as_they_were(tmp_path: Path) -> None:
     assert file.spec.options == {"side": 3}
     for number in (149, 0, 1, 77, 64, 63):
         read, row = file.read(number), rows[number]
-        np.testing.assert_array_equal(read.masks_THW, row.masks.masks_THW)
-        np.testing.assert_array_equal(read.graph_MT, row.masks.graph_MT)
+        masks = row.masks.unpack()
+        np.testing.assert_array_equal(read.masks_THW, masks.masks_THW)
+        np.testing.assert_array_equal(read.graph_MT, masks.graph_MT)
         assert read.num_valid == 3
     with pytest.raises(IndexError, match="has 150 rows, asked for 150"):
         file.read(150)
@@ -46,7 +49,7 @@ def test_trajectories_last_until_the_next_frame_is_shown(tmp_path: Path) -> None
     tracks[1:3, :4] = 5
     tracks[0, 6:] = 9
     tracks[2:, 6:] = 9
-    row = MaskRow(clip=row_of(0).clip, masks=masks_of(tracks, 3, 128), trajectory_ids=["x", "y"])
+    row = MaskRow(clip=row_of(0).clip, masks=PackedMasks.pack(masks_of(tracks, 3, 128)), trajectory_ids=["x", "y"])
     first, second = trajectories_of(row)
     assert first == {
         "trajectory_id": "x", "area": 64, "first_frame": 1, "last_frame": 2, "num_frames": 2,

@@ -48,11 +48,8 @@ def rows() -> ShardRows:
     """Clips 3, 1 and 2, in two batches; the one token of each is its number."""
     rows = ShardRows()
     for batch in ([3, 1], [2]):
-        rows.add(
-            [decoded(n) for n in batch],
-            {"tokens/fake": encoded(batch)},
-            {},
-        )
+        rows.add_clips([decoded(n) for n in batch])
+        rows.add_tokens({"tokens/fake": encoded(batch)})
     return rows
 
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from tokenmill.pipeline.linking import edge_of
 from tokenmill.pipeline.segment import SegmentedClip, masks_of
-from tokenmill.pipeline.trajectories import trajectory_ids
+from tokenmill.pipeline.trajectories import ClipLinks
 
 SIDE = 64
 
@@ -24,6 +24,14 @@ def segmented(number: int, *, swapped: bool = False) -> SegmentedClip:
     masks = masks_of(tracks, 2, 128)
     rows = masks.tracks_THW
     return SegmentedClip(masks=masks, first=edge_of(frames[0], rows[0]), last=edge_of(frames[1], rows[1]))
+
+
+def trajectory_ids(clips: list[dict], made: dict[str, SegmentedClip]) -> dict[str, list[str]]:
+    links = ClipLinks()
+    for clip in clips:
+        if clip["clip_id"] in made:
+            links.add(clip, made[clip["clip_id"]])
+    return links.ids(clips)
 
 
 def square_ids(clips: list[dict], made: dict[str, SegmentedClip]) -> list[tuple[str, str]]:
