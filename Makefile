@@ -24,11 +24,16 @@ demo: $(READY)
 	@$(BIN)/tokenmill sql $(DEMO) "select parse_filename(v.uri) as video, count(distinct c.clip_id) as clips, count(*) as tokens, \
 	  count(distinct code) as different_codes from (select clip_id, unnest(codes) as code from tokens_dct) \
 	  join clips c using (clip_id) join videos v using (video_id) where v.status = 'planned' group by 1 order by 1"
-	@echo '== tokenmill reconstruct $(DEMO) CLIP_ID out/demo.mp4 --png out/demo.png'
+	@echo '== tokenmill sql $(DEMO) "..."'
+	@$(BIN)/tokenmill sql $(DEMO) "select parse_filename(v.uri) as video, count(*) as trajectories, \
+	  count(*) filter (t.duration_s > 2) as over_2_s, round(max(t.duration_s), 1) as longest_s \
+	  from video_trajectories t join videos v using (video_id) group by 1 order by 1"
+	@echo '== tokenmill reconstruct $(DEMO) CLIP_ID out/demo.mp4 --png out/demo.png, and with --masks objects'
 	@clip=$$($(BIN)/tokenmill sql $(DEMO) --format csv "select clip_id from clips join videos using (video_id) \
 	  where uri like '%bigbuckbunny%' order by start_s limit 1" | tail -n 1) && \
-	  $(BIN)/tokenmill reconstruct $(DEMO) $$clip out/demo.mp4 --png out/demo.png
-	@printf '\nMade: $(DEMO) (the cache), out/demo.mp4 (source left, tokens right), out/demo.png\n'
+	  $(BIN)/tokenmill reconstruct $(DEMO) $$clip out/demo.mp4 --png out/demo.png && \
+	  $(BIN)/tokenmill reconstruct $(DEMO) $$clip out/masks.mp4 --png out/masks.png --masks objects
+	@printf '\nMade: $(DEMO) (the cache), out/demo.mp4 and .png (source, tokens), out/masks.mp4 and .png (source, trajectories)\n'
 	@printf 'Next: tokenmill status $(DEMO); tokenmill verify $(DEMO); python examples/train.py $(DEMO); README.md\n'
 	@printf '(the command lives in $(BIN): source $(BIN)/activate)\n'
 

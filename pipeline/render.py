@@ -35,10 +35,9 @@ def overlay(frames_THWC: np.ndarray, tracks_THW: np.ndarray, names: Sequence[str
 
 
 def _colour(name: str) -> tuple[float, ...]:
-    """A bright colour, by a digest of the name."""
-    digest = hashlib.sha256(name.encode()).digest()
-    hue, value = int.from_bytes(digest[:2], "big") / 65536, 0.7 + 0.3 * digest[2] / 255
-    return tuple(255 * channel for channel in colorsys.hsv_to_rgb(hue, 0.85, value))
+    """A colour, by a digest of the name."""
+    hue, saturation, value = (byte / 255 for byte in hashlib.sha256(name.encode()).digest()[:3])
+    return tuple(255 * one for one in colorsys.hsv_to_rgb(hue, 0.5 + 0.5 * saturation, 0.5 + 0.5 * value))
 
 
 def write_video(path: str, frames_THWC: np.ndarray, fps: float) -> None:
