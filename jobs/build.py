@@ -121,7 +121,6 @@ def build_mask_maker(recipe: Recipe, name: str) -> MaskMaker:
     return MaskMaker(
         segmenter=segmenter,
         sampling=sampling,
-        batch_size=section.batch_size,
         max_trajectories=section.max_trajectories,
     )
 

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 
-from ..schemas.masks import ClipMasks
+from ..pipeline.mask_metrics import overlaps_of
 from ..schemas.tokens import TrajectoryTokens
 
 SMALL_MARGIN = 1e-4  # a code that was so near to another one may become it when sums are taken in another order
@@ -80,6 +81,7 @@ class TrajectoryComparison:
     """Stored against remade tokens of trajectories: those of the same slots by value, and which slots there are."""
 
     values: Comparison
+    patches: "TrackComparison"
     num_rows: int = 0
     num_other_rows: int = 0
 
@@ -88,6 +90,7 @@ class TrajectoryComparison:
         rows = [list(zip(one.chunks_N.tolist(), one.slots_N.tolist(), strict=True)) for one in (stored, made)]
         seen: list[dict[tuple[int, int], int]] = [{} for _ in rows]
         numbered = [[(*key, _count(counts, key)) for key in keys] for keys, counts in zip(rows, seen, strict=True)]
+        self.patches.add(clip_id, stored.tracks_Thw, made.tracks_Thw)
         common = sorted(set(numbered[0]) & set(numbered[1]))
         self.num_rows += len(numbered[0])
         self.num_other_rows += len(numbered[0]) + len(numbered[1]) - 2 * len(common)
@@ -103,50 +106,54 @@ class TrajectoryComparison:
     @property
     def num_clips(self) -> int:
         """How many clips have been compared."""
-        return self.values.num_clips
+        return self.patches.num_clips
 
     @property
     def other_clip_ids(self) -> list[str]:
-        """Clips with other values."""
-        return self.values.other_clip_ids
+        """Clips with other values or assignments."""
+        return sorted({*self.values.other_clip_ids, *self.patches.other_clip_ids})
 
     @property
     def is_close(self) -> bool:
-        """Whether nearly all slots are the same, and their tokens within the tolerance."""
-        return self.num_other_rows <= OTHER_SHARE * self.num_rows and self.values.is_close
+        """Whether nearly all slots and patches are the same, and tokens within the tolerance."""
+        few_others = self.num_other_rows <= OTHER_SHARE * self.num_rows
+        return few_others and self.patches.is_close and self.values.is_close
 
     def figures(self) -> str:
         """What was found, in one line."""
-        return f"{self.values.figures()}; {self.num_other_rows:,} of {self.num_rows:,} tokens are of other slots"
+        patches = f"{self.patches.num_other:,} of {self.patches.num:,} patches differ"
+        others = f"{self.num_other_rows:,} of {self.num_rows:,} tokens are of other slots"
+        return f"{self.values.figures()}; {others}, {patches}"
 
 
 @dataclass(slots=True, kw_only=True)
-class MaskComparison:
-    """Stored against remade masks, by pixels."""
+class TrackComparison:
+    """Stored against remade tracks, by pixels or patches. Which number a trajectory has does not matter."""
 
     product: str
     num_clips: int = 0
-    num_pixels: int = 0
-    num_other_pixels: int = 0
+    num: int = 0
+    num_other: int = 0
     other_clip_ids: list[str] = field(default_factory=list)
 
-    def add(self, clip_id: str, stored: ClipMasks, made: ClipMasks) -> None:
-        """Count the differences of one clip."""
-        num_other = int(np.count_nonzero(stored.tracks_THW != made.tracks_THW))
+    def add(self, clip_id: str, stored_THW: np.ndarray, made_THW: np.ndarray) -> None:
+        """Count the pixels of one clip that are of no pair of trajectories, matched so that most are."""
+        shared = overlaps_of(made_THW + 1, stored_THW + 1).shared_pj
+        num_other = stored_THW.size - int(shared[linear_sum_assignment(shared, maximize=True)].sum())
         self.num_clips += 1
-        self.num_pixels += stored.masks_THW.size
-        self.num_other_pixels += num_other
+        self.num += stored_THW.size
+        self.num_other += num_other
         self.other_clip_ids += [clip_id] if num_other else []
 
     @property
     def is_close(self) -> bool:
-        """Whether nearly all pixels are of the same trajectory."""
-        return self.num_other_pixels <= OTHER_SHARE * self.num_pixels
+        """Whether nearly all of them are of the same trajectory."""
+        return self.num_other <= OTHER_SHARE * self.num
 
     def figures(self) -> str:
         """What was found, in one line."""
         clips = f"in {len(self.other_clip_ids)} of {self.num_clips:,} clips"
-        return f"{self.product}: {self.num_other_pixels:,} of {self.num_pixels:,} pixels differ, {clips}"
+        return f"{self.product}: {self.num_other:,} of {self.num:,} pixels differ, {clips}"
 
 
 def _count(counts: dict[tuple[int, int], int], key: tuple[int, int]) -> int:

@@ -74,7 +74,8 @@ def _products(cache: TokenCache, names: Sequence[str]) -> dict[str, ProductInfo]
     }
     if not chosen:
         raise CacheError(
-            f"{cache.folder.url}: it has no tokens as Parquet to export, but tars: they can be read as they are"
+            f"{cache.folder.url}: it has no tokens as Parquet to export: tars can be read as they are, and"
+            f" --product masks/NAME exports masks"
         )
     return {product: cache.info.products[product] for product in sorted(chosen)}
 

@@ -221,6 +221,8 @@ def reconstruct(
     """Decode a clip's tokens to video, source and reconstruction side by side; or show its masks so."""
     from .reconstruct import reconstruct_clip, show_masks
 
+    if masks and product:
+        raise typer.BadParameter("masks are shown in place of tokens: give one of both", param_hint="--product")
     if masks:
         return show_masks(cache, clip_id, output, masks, png=png, snapshot=snapshot)
     reconstruct_clip(cache, clip_id, output, product, png=png, snapshot=snapshot)
@@ -237,10 +239,13 @@ def export(
         list[str] | None, typer.Option(help="Which tokens, all by default, repeatable; for trajtok which masks.")
     ] = None,
     where: Annotated[str, typer.Option(metavar="SQL", help="Which clips: a condition on clips and videos.")] = "true",
-    clips_per_tar: Annotated[int, typer.Option(help="Clips in each tar; the last may have fewer.", min=1)] = 8192,
+    clips_per_tar: Annotated[
+        int | None, typer.Option(help="Clips in each tar, 8192 by default; the last may have fewer.", min=1)
+    ] = None,
     layout: Annotated[
-        Literal["video", "image", "sa1b", "sav"], typer.Option(help="trajtok: which files its loaders shall find.")
-    ] = "video",
+        Literal["video", "image", "sa1b", "sav"] | None,
+        typer.Option(help="trajtok: which files its loaders shall find; video by default."),
+    ] = None,
     root: Annotated[
         str | None, typer.Option(help="trajtok: what paths in the manifest begin with; OUT by default, '' for names.")
     ] = None,
@@ -249,16 +254,23 @@ def export(
     """Write tokens of a cache as WebDataset tars with an index, or clips and masks as TrajTok's trainers read them."""
     from ..pipeline.cache import open_cache
 
+    per_tar = clips_per_tar or 8192
     if format == "webdataset":
         from .export import export_webdataset
 
-        return export_webdataset(open_cache(cache, snapshot), output, product or [], where, clips_per_tar)
+        for name, value in (("--layout", layout), ("--root", root)):
+            if value is not None:
+                raise typer.BadParameter("it is of exports for trajtok", param_hint=name)
+        return export_webdataset(open_cache(cache, snapshot), output, product or [], where, per_tar)
     from .export_trajtok import export_trajtok
 
+    if clips_per_tar and layout != "sa1b":
+        raise typer.BadParameter("of trajtok's layouts sa1b alone has tars", param_hint="--clips-per-tar")
     if len(product or []) > 1:
         raise typer.BadParameter("the masks of one product are exported: name one", param_hint="--product")
     masks = product[0] if product else None
-    export_trajtok(open_cache(cache, snapshot), output, masks, where, layout=layout, root=root, per_tar=clips_per_tar)
+    opened = open_cache(cache, snapshot)
+    export_trajtok(opened, output, masks, where, layout=layout or "video", root=root, per_tar=per_tar)
 
 
 def main() -> None:

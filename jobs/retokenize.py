@@ -9,7 +9,7 @@ import torch
 
 from ..pipeline.cache import TokenCache
 from ..pipeline.decoders import decode_ahead
-from ..pipeline.encode import VALUES
+from ..pipeline.encode import EMBEDDING, VALUES
 from ..pipeline.plan_file import clips_of
 from ..pipeline.segment import SegmentedClip
 from ..pipeline.shard import batches, segment, tokenize
@@ -18,9 +18,9 @@ from ..schemas.clip import Clip, ClipFrames, FrameBatch
 from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS
 from ..tokenizers.base import TrajectoryTokenizer, VideoTokenizer
 from .build import build_worker, recipe_of
-from .comparison import Comparison, MaskComparison, TrajectoryComparison
+from .comparison import Comparison, TrackComparison, TrajectoryComparison
 
-AnyComparison = Comparison | TrajectoryComparison | MaskComparison
+AnyComparison = Comparison | TrajectoryComparison | TrackComparison
 
 
 def retokenize_sample(cache: TokenCache, fraction: float) -> list[str]:
@@ -49,7 +49,7 @@ def _compared(cache: TokenCache, worker: Worker, fraction: float) -> Iterator[st
             yield from (f"clip {f.clip_id}: the source cannot be read again: {f.reason}" for f in failures)
             if not made:
                 continue
-            _compare(cache, worker, made, comparisons)
+            yield from _compare(cache, worker, made, comparisons)
     for comparison in comparisons.values():
         if not comparison.num_clips:
             continue
@@ -61,18 +61,22 @@ def _compared(cache: TokenCache, worker: Worker, fraction: float) -> Iterator[st
 
 def _compare(
     cache: TokenCache, worker: Worker, made: Sequence[ClipFrames], comparisons: dict[str, AnyComparison]
-) -> None:
-    """Make all products of these clips again, and count how they differ from what is stored."""
+) -> Iterator[str]:
+    """Make all products of these clips again, and count how they differ from what is stored; yields a line for every
+    one that cannot be made.
+    """
     products, batch = list(comparisons), FrameBatch.stack(made)
     clip_ids = [one.clip.clip_id for one in made]
     encoded = tokenize(batch, products, worker)
     segmented = segment(made, products, worker)
     for product, comparison in comparisons.items():
-        if isinstance(comparison, MaskComparison):
+        if isinstance(comparison, TrackComparison):
             stored = cache.read_masks(product, clip_ids)
             for clip_id, before, now in zip(clip_ids, stored, segmented[product], strict=True):
                 if isinstance(now, SegmentedClip):
-                    comparison.add(clip_id, before, now.masks)
+                    comparison.add(clip_id, before.tracks_THW, now.masks.tracks_THW)
+                else:
+                    yield f"clip {clip_id}: {product} cannot be made again: {now.reason}"
         elif isinstance(comparison, TrajectoryComparison):
             stored = cache.read_trajectories(product, clip_ids)
             for clip_id, before, now in zip(clip_ids, stored, encoded[product].trajectories(), strict=True):
@@ -80,7 +84,7 @@ def _compare(
         else:
             tokens = product.replace(EMBEDDINGS, TOKENS)
             margins = partial(_margins_of, batch, worker.encoders[tokens].tokenizer)
-            name = "embedding" if product.startswith(EMBEDDINGS) else VALUES
+            name = EMBEDDING if product.startswith(EMBEDDINGS) else VALUES
             comparison.add(clip_ids, cache.read(product, clip_ids), encoded[tokens].wait()[name], margins)
 
 
@@ -111,10 +115,12 @@ def _margins_of(batch: FrameBatch, tokenizer: VideoTokenizer | TrajectoryTokeniz
 
 def _comparison(worker: Worker, product: str) -> AnyComparison:
     if product.startswith(MASKS):
-        return MaskComparison(product=product)
+        return TrackComparison(product=product)
     if product.startswith(EMBEDDINGS):
         return Comparison(product=product, dtype="float32")
     encoder = worker.encoders[product]
     is_discrete = encoder.tokenizer.spec.kind == "discrete"
     values = Comparison(product=product, dtype=None if is_discrete else encoder.layout.dtype)
-    return TrajectoryComparison(values=values) if encoder.has_trajectories else values
+    if not encoder.has_trajectories:
+        return values
+    return TrajectoryComparison(values=values, patches=TrackComparison(product=product))

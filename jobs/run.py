@@ -96,7 +96,8 @@ def _show_progress(report: ShardProgress, meter: Meter, display: Display) -> Non
         clips=report.num_clips,
         frames=report.num_frames,
         tokens=report.num_tokens,
-        failed=len(report.failures),
+        failed=sum(failure.step != "segment" for failure in report.failures),
+        unsegmented=sum(failure.step == "segment" for failure in report.failures),
         retries=report.num_retries,
     )
     meter.add_s(**report.timings_s)

@@ -66,6 +66,8 @@ def verify_cache(
     if quality is not None and problems:
         print("no tokens were decoded: mend the problems first")
     elif quality is not None:
+        if not opened.grid_products and not truth:
+            raise CacheError(f"{opened.folder.url}: no tokens that decode to frames: compare masks by --truth NAME")
         if opened.grid_products:
             problems += measure_quality(opened, quality, lpips)
         if truth:

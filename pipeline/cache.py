@@ -13,7 +13,7 @@ import torch
 
 from ..schemas.errors import CacheError, did_you_mean
 from ..schemas.masks import ClipMasks
-from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS
+from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS, WEBDATASET
 from ..schemas.tokens import TokenGrid, TrajectoryTokens
 from .cache_head import read_info
 from .index import connect, ensure_index, file_uris
@@ -82,8 +82,10 @@ class TokenCache:
 
     @property
     def token_products(self) -> list[str]:
-        """The products that `read` takes; CacheError where tokens are in tars only."""
+        """The products of tokens; CacheError where there are none, or in tars only."""
         products = [product for product, entry in self.info.products.items() if entry.tokenizer]
+        if not products and WEBDATASET not in self.info.products:
+            raise CacheError(f"{self.folder.url}: it has no tokens: its products are {', '.join(self.info.products)}")
         if not products:
             raise CacheError(
                 f"{self.folder.url}: its tokens are in tars only (shards.format=webdataset): read those with the"
@@ -104,6 +106,13 @@ class TokenCache:
     def product(self, name: str) -> str:
         """The product called `name` (`dct` or `tokens/dct`); CacheError lists what the cache has."""
         return self._product(name, TOKENS, self.token_products)
+
+    def grid_product(self, name: str) -> str:
+        """As `product`, where tokens lie in grids; CacheError where they do not."""
+        product = self.product(name)
+        if self.has_trajectories(product):
+            raise CacheError(f"{product}: a clip has as many tokens as trajectories: read_trajectories gives them")
+        return product
 
     def masks_product(self, name: str) -> str:
         """The product of masks called `name` (`objects` or `masks/objects`); CacheError lists what the cache has."""
@@ -136,9 +145,7 @@ class TokenCache:
         `verify` is off. CacheError names clips that the product does not have.
         """
         is_embedding = product.startswith(EMBEDDINGS) and product in self.info.products
-        product = product if is_embedding else self.product(product)
-        if not is_embedding and self.has_trajectories(product):
-            raise CacheError(f"{product}: a clip has as many tokens as trajectories: read_trajectories gives them")
+        product = product if is_embedding else self.grid_product(product)
         places = self._locate(product, clip_ids)
         return self.read_places(places["name"].to_pylist(), places["row_in_file"].to_numpy(), verify=verify)
 

@@ -67,7 +67,7 @@ def _write_product(staging: str, product: str, task: ShardTask, worker: Worker, 
         return {write_clips(staging, rows, version): len(rows.clips)}
     if product == WEBDATASET:
         path = write_shard_tar(staging, rows, task.texts, worker, version)
-        return {path: len(rows.clips), index_path(path): 0}
+        return {path: len(rows.sorted_clips(product)), index_path(path): 0}
     if product.startswith(MASKS):
         path = write_masks(staging, rows, product, worker.mask_makers[product], version)
         return {path: len(rows.sorted_clips(product))}

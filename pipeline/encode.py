@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ..schemas.clip import FrameBatch, Sampling
 from ..schemas.errors import TokenizerError
@@ -17,7 +18,7 @@ from .token_file import TokenLayout
 log = logging.getLogger(__name__)
 
 USUAL_BATCH, LARGEST_BATCH = 8, 256
-VALUES = "values"  # the tokens themselves, among what a tokenizer gives
+VALUES, EMBEDDING = "values", "embedding"  # the tokens and the clip itself, among what a tokenizer gives
 
 Tensors = Mapping[str, torch.Tensor]  # by name, the first dimension that of clips
 
@@ -65,6 +66,8 @@ class BatchEncoder:
             tensors = _joined(parts)
             if self.tokenizer.spec.kind != "discrete":
                 tensors[VALUES] = tensors[VALUES].to(getattr(torch, self.layout.dtype))
+            if EMBEDDING in tensors:
+                tensors[EMBEDDING] = _of_clips(tensors[EMBEDDING], tensors["chunk_frames"], batch.num_valid_B)
         return EncodedBatch(tensors, batch.num_valid_B, num_splits=len(splits))
 
     def _encode(self, frames_BTHWC: torch.Tensor, shape: int, splits: list[int]) -> Tensors:
@@ -90,6 +93,13 @@ def _joined(parts: list[Tensors]) -> dict[str, torch.Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def _of_clips(embeddings_BCE: torch.Tensor, chunk_frames_B: torch.Tensor, num_valid_B: tuple[int, ...]) -> torch.Tensor:
+    """The embedding (B,E) of each clip: the mean of those of its chunks that are not padding alone, at length 1."""
+    begins_BC = chunk_frames_B[:, None] * torch.arange(embeddings_BCE.shape[1])
+    is_real_BC1 = (begins_BC < torch.tensor(num_valid_B)[:, None]).unsqueeze(-1).to(embeddings_BCE.device)
+    return F.normalize((embeddings_BCE * is_real_BC1).sum(1), dim=-1)
+
+
 def _tensors_of(batch: TrajectoryBatch) -> Tensors:
     """The tensors of trajectories, each with one row for every clip."""
     num_clips = len(batch.values_BNd)
@@ -102,7 +112,7 @@ def _tensors_of(batch: TrajectoryBatch) -> Tensors:
         "assignment": batch.assignment_BThw,
         "chunk_frames": torch.full((num_clips,), batch.chunk_frames),
         "mass": batch.mass_BN,
-        "embedding": batch.embedding_BE,
+        EMBEDDING: batch.embedding_BCE,
     }
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
@@ -132,7 +142,7 @@ class EncodedBatch:
         """The tensors, on the CPU, tokens as `VALUES`; TokenizerError where the arithmetic has left the numbers."""
         if self._arrival:
             self._arrival.synchronize()
-        for name in self._tensors.keys() & {VALUES, "embedding"}:
+        for name in self._tensors.keys() & {VALUES, EMBEDDING}:
             values = self._tensors[name]
             if values.isfinite().all() if values.is_floating_point() else (values != NO_CODE).all():
                 continue
@@ -165,7 +175,7 @@ class EncodedBatch:
                 )
             )
         self._trajectories = made
-        self._tensors = {name: tensor for name, tensor in tensors.items() if name == "embedding"}
+        self._tensors = {name: tensor for name, tensor in tensors.items() if name == EMBEDDING}
         return made
 
     def _valid_BN(self) -> torch.Tensor:

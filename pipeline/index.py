@@ -37,6 +37,7 @@ from .snapshots import CacheState, state_at
 from .storage import Folder, storage_errors
 
 INDEX = "index"
+INDEX_REVISION = 2  # rises with every change of the tables: an index of another one is built anew
 FILENAME = pa.field("filename", pa.string())
 
 
@@ -65,11 +66,11 @@ def index_path(folder: Folder, snapshot: Snapshot | None = None) -> str:
 def state_of(folder: Folder, snapshot: Snapshot | None = None) -> str:
     """A digest of what an index is derived from; an index with another one is stale."""
     if snapshot:
-        return digest_of(snapshot.to_json().decode())
+        return digest_of([INDEX_REVISION, snapshot.to_json().decode()])
     # A manifest never changes, but one that was deleted may be made again: with other failures its size is another.
     manifests = [(file.name, file.size_bytes) for file in folder.find(MANIFESTS) if is_manifest(file.name)]
     names = [*folder.list(PRODUCTS), *plan_names(folder)]
-    return digest_of([names, manifests, folder.read(CACHE_INFO).decode()])
+    return digest_of([INDEX_REVISION, names, manifests, folder.read(CACHE_INFO).decode()])
 
 
 def ensure_index(folder: Folder, snapshot: Snapshot | None = None) -> str:

@@ -22,7 +22,7 @@ class TokenLoader(IterableDataset[dict[str, Any]]):
         if batch_size < 1:
             raise ValueError(f"batch_size must be 1 or more, found {batch_size}")
         self._cache = cache
-        self._product = cache.product(product)
+        self._product = cache.grid_product(product)
         self._batch_size = batch_size
         places = cache.sql(
             f"""select l.name, l.row_in_file, c.clip_id, c.num_valid::bigint as num_valid

@@ -187,7 +187,10 @@ class MaskFile:
 
     def _rows(self, group: int) -> list[dict[str, Any]]:
         """The rows of a row group; those of the last one are kept."""
-        if self._last[0] != group:
+        last = self._last  # other threads may read other groups meanwhile
+        if last[0] != group:
             columns = ["num_valid", "num_frames", "height", "width", "num_trajectories", "graph", "masks"]
-            self._last = (group, self._parquet.read_row_group(group, columns=columns, use_threads=False).to_pylist())
-        return self._last[1]
+            rows = self._parquet.read_row_group(group, columns=columns, use_threads=False).to_pylist()
+            self._last = (group, rows)
+            return rows
+        return last[1]

@@ -44,21 +44,16 @@ class SegmentedClip:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MaskMaker:
-    """A segmenter, how many clips it is given at once, and how many trajectories of a clip are kept."""
+    """A segmenter, and how many trajectories of a clip are kept."""
 
     segmenter: Segmenter
     sampling: Sampling
-    batch_size: int
     max_trajectories: int
 
     def make(self, clips: Sequence[ClipFrames]) -> list[SegmentedClip | ClipFailure]:
         """The masks of each clip, or why it has none."""
-        made: list[SegmentedClip | ClipFailure] = []
-        for start in range(0, len(clips), self.batch_size):
-            chosen = clips[start : start + self.batch_size]
-            for one, tracks in zip(chosen, self.segmenter.segment(chosen), strict=True):
-                made.append(tracks if isinstance(tracks, ClipFailure) else self._segmented(one, tracks))
-        return made
+        made = zip(clips, self.segmenter.segment(clips) if clips else (), strict=True)
+        return [tracks if isinstance(tracks, ClipFailure) else self._segmented(one, tracks) for one, tracks in made]
 
     def _segmented(self, one: ClipFrames, tracks_THW: np.ndarray) -> SegmentedClip:
         num_valid = one.clip.num_valid
@@ -81,8 +76,8 @@ class FakeSegmenter:
 def masks_of(tracks_THW: np.ndarray, num_valid: int, most: int) -> ClipMasks:
     """The masks of the `most` largest tracks of a clip, those of its `num_valid` real frames counting.
 
-    Where two segments touch, the pixels of the larger trajectory along the border are 0, so that every frame has
-    pixels of no segment; a frame that has none else loses its first pixel. A frame keeps its MOST_IDS largest segments.
+    Where two segments touch, the pixels of the larger trajectory along the border are 0, and so is the first pixel of
+    every frame. A frame keeps its MOST_IDS largest segments.
     """
     tracks = _by_area(_numbered(tracks_THW), num_valid, most)
     _open_borders(tracks)
@@ -120,15 +115,17 @@ def _by_area(tracks_THW: np.ndarray, num_valid: int, most: int) -> np.ndarray:
 
 
 def _open_borders(tracks_THW: np.ndarray) -> None:
-    """Set to 0, in place, pixels beside a smaller segment, and one pixel of every frame that has no 0 then."""
+    """Set to 0, in place, pixels beside a smaller segment, and the first pixel of every frame.
+
+    Trainers take labels from every n-th pixel: of all pixels the first alone is sure to be among them.
+    """
     old = tracks_THW.copy()
     for axis in (1, 2):
         one, other = (tuple(_half(axis, i)) for i in (0, 1))
         a, b = old[one], old[other]
         tracks_THW[one][(a > 0) & (a < b)] = 0
         tracks_THW[other][(b > 0) & (b < a)] = 0
-    full = (tracks_THW > 0).all(axis=(1, 2))
-    tracks_THW[full, 0, 0] = 0
+    tracks_THW[:, 0, 0] = 0
 
 
 def _limit_frames(tracks_THW: np.ndarray) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..schemas.shard import TOKENS, VideoText
+from ..schemas.shard import MASKS, TOKENS, WEBDATASET, VideoText
 from ..schemas.tokens import TrajectoryTokens
-from .encode import BatchEncoder
+from .encode import EMBEDDING, BatchEncoder
+from .mask_file import MaskRow
 from .store import ShardRows
 from .webdataset_output import Sample, TarProduct, write_tar
 from .worker import Worker
@@ -32,24 +33,32 @@ def write_shard_tar(staging: str, rows: ShardRows, texts: Mapping[str, VideoText
         for clip, arrays in zip(rows.sorted_clips(), _token_arrays(rows, product, encoder), strict=True):
             members[clip["clip_id"]][name] = arrays
         if encoder.embedding:
-            values_NE = rows.sorted_values(product, "embedding")
+            values_NE = rows.sorted_values(product, EMBEDDING)
             described[f"{name}.embedding"] = {"tokenizer": encoder.tokenizer.spec.name, "dim": encoder.embedding.dim}
             for clip, embedding in zip(rows.sorted_clips(), values_NE, strict=True):
                 members[clip["clip_id"]][f"{name}.embedding"] = embedding
+    masks: dict[str, dict[str, MaskRow]] = {}
     for product, maker in worker.mask_makers.items():
-        name = f"{product.rpartition('/')[2]}.masks"
+        name = f"{product.removeprefix(MASKS)}.masks"
         described[name] = {"segmenter": json.loads(json.dumps(asdict(maker.segmenter.spec)))}
-        for row in rows.sorted_masks(product):
-            ids = np.array(row.trajectory_ids, np.str_)
-            masks = row.masks.unpack()
-            found = {"masks": masks.masks_THW, "graph": masks.graph_MT, "trajectory_ids": ids}
-            members[row.clip["clip_id"]][name] = found
+        masks[name] = {row.clip["clip_id"]: row for row in rows.sorted_masks(product)}
     samples = (
-        Sample(clip=clip, text=texts.get(clip["video_id"], VideoText()), arrays=members[clip["clip_id"]])
-        for clip in rows.sorted_clips()
+        Sample(
+            clip=clip,
+            text=texts.get(clip["video_id"], VideoText()),
+            arrays=members[clip["clip_id"]] | {name: mask_arrays(of[clip["clip_id"]]) for name, of in masks.items()},
+        )
+        for clip in rows.sorted_clips(WEBDATASET)
     )
     write_tar(path, samples, described, version)
     return path
+
+
+def mask_arrays(row: MaskRow) -> dict[str, np.ndarray]:
+    """The masks of a clip as arrays by name."""
+    masks = row.masks.unpack()
+    ids = np.array(row.trajectory_ids, np.str_)
+    return {"masks": masks.masks_THW, "graph": masks.graph_MT, "trajectory_ids": ids}
 
 
 def described_tokens(encoder: BatchEncoder) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from .places import ParquetCell, TarMember, local_path, read_errors, said_by, st
 from .probe import probe_video
 from .resize import place_of
 
-KEPT_VIDEOS = 4  # whose sidecars are held: clips of several videos may come in turns
+KEPT_VIDEOS = 16  # whose sidecars are held: clips of several videos come in turns, as many as there are decoders
 KEPT_TARS = 8
 MOST_ID = 1 << 31
 LONGEST_REASON = 200  # letters of what a library says

@@ -13,7 +13,7 @@ from ..schemas.clip import ClipFailure, ClipFrames
 from ..schemas.shard import EMBEDDINGS, TOKENS, WEBDATASET
 from ..schemas.tables import CLIP_SCHEMA, with_format
 from ..schemas.tokens import TrajectoryTokens
-from .encode import VALUES, BatchEncoder, EncodedBatch, bits_of
+from .encode import EMBEDDING, VALUES, BatchEncoder, EncodedBatch, bits_of
 from .mask_file import MaskRow, PackedMasks, write_mask_file
 from .segment import MaskMaker, SegmentedClip
 from .token_file import FINGERPRINT, TokenLayout, write_token_file
@@ -60,7 +60,8 @@ class ShardRows:
         """Append the masks of the clips that were added last, by product, in their order."""
         for product, segmented in made.items():
             masks, links = self.masks.setdefault(product, {}), self.links.setdefault(product, ClipLinks())
-            for clip, one in zip(self.clips[-len(segmented) :], segmented, strict=True):
+            newest = self.clips[len(self.clips) - len(segmented) :]
+            for clip, one in zip(newest, segmented, strict=True):
                 if isinstance(one, ClipFailure):
                     self.mask_failures.setdefault(product, []).append(one)
                 else:
@@ -84,14 +85,19 @@ class ShardRows:
         return sorted(range(len(self.clips)), key=lambda i: self.clips[i]["clip_id"])
 
     def sorted_clips(self, product: str = "") -> list[dict]:
-        """The clips as the files of a product have them: of masks, those that could be segmented."""
-        clips = [self.clips[i] for i in self.order]
-        return [clip for clip in clips if clip["clip_id"] in self.masks[product]] if product in self.masks else clips
+        """The clips as the files of a product have them: of masks, and of tars, those that could be segmented."""
+        failed = self._unsegmented(product)
+        return [clip for clip in (self.clips[i] for i in self.order) if clip["clip_id"] not in failed]
 
     def failures_of(self, product: str) -> tuple[ClipFailure, ...]:
         """What could not be made of a product, by clip."""
-        failures = [*self.failures, *self.mask_failures.get(product, [])]
+        failures = [*self.failures, *self._unsegmented(product).values()]
         return tuple(sorted(failures, key=lambda failure: failure.clip_id))
+
+    def _unsegmented(self, product: str) -> dict[str, ClipFailure]:
+        """Decoded clips that a product lacks, by clip: tars hold all products of a clip or nothing."""
+        failed = self.mask_failures.values() if product == WEBDATASET else [self.mask_failures.get(product, [])]
+        return {failure.clip_id: failure for failures in failed for failure in failures}
 
     def sorted_values(self, product: str, name: str = VALUES) -> np.ndarray:
         """Codes (N,...) or the bits of latents (N,...) of all clips, as files have them; or their embeddings (N,E)."""
@@ -138,7 +144,7 @@ def write_tokens(staging: str, rows: ShardRows, product: str, encoder: BatchEnco
 def write_embeddings(staging: str, rows: ShardRows, product: str, version: str) -> str:
     """Write the embeddings of clips to a local file; returns its path."""
     path = _new_path(staging)
-    values_NE = rows.sorted_values(product.replace(EMBEDDINGS, TOKENS), "embedding")
+    values_NE = rows.sorted_values(product.replace(EMBEDDINGS, TOKENS), EMBEDDING)
     write_token_file(
         path, _id_table(rows), values_NE, embedding_layout(values_NE.shape[1]), {FINGERPRINT.decode(): version}
     )

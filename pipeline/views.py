@@ -49,7 +49,7 @@ def _create_token_view(
     tokenizer = entry.tokenizer or {}
     schema, tokens = TOKEN_ROWS_SCHEMA, f"{LOW} as latents"
     if tokenizer["kind"] == "trajectory":
-        schema = SMALL_SCHEMA
+        schema, tokens = SMALL_SCHEMA, f"{LOW} as vectors"
     elif tokenizer["kind"] == "discrete":
         layout = TokenLayout(dtype="uint16", shape=entry.shape, codebook_size=tokenizer["codebook_size"])
         columns = [LOW, HIGH] if layout.high_bits else [LOW]

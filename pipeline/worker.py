@@ -37,8 +37,7 @@ class Worker:
     @property
     def batch_size(self) -> int:
         """How many clips are worth decoding before the encoders run."""
-        sizes = [part.batch_size for part in (*self.encoders.values(), *self.mask_makers.values())]
-        return max(sizes, default=USUAL_BATCH)
+        return max((encoder.batch_size for encoder in self.encoders.values()), default=USUAL_BATCH)
 
     def encoders_for(self, products: Sequence[str]) -> dict[str, BatchEncoder]:
         """The encoders that making `products` takes: all of them for tars, which hold the tokens of every product."""
@@ -93,7 +92,6 @@ def _masks_fingerprint(decoder: FrameDecoder, maker: MaskMaker) -> str:
             "decoder": decoder.identity,
             "sampling": asdict(maker.sampling),
             "segmenter": asdict(maker.segmenter.spec),
-            "batch_size": maker.batch_size,
             "max_trajectories": maker.max_trajectories,
             "masks": [MASKS_REVISION, LINK_REVISION],
         }

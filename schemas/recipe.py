@@ -130,7 +130,6 @@ class MasksSection(Section):
     weights: str | None = Field(default=None, description="path or fsspec URL, where the segmenter has any")
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     dtype: NumberType = Field(default="float32", description="number type of the arithmetic")
-    batch_size: int = Field(default=1, ge=1, description="clips in one call of the segmenter")
     max_trajectories: int = Field(default=128, ge=1, le=65535, description="the largest are kept")
     options: dict[str, Any] = Field(default={}, description="what the segmenter alone knows")
 

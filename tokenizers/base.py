@@ -33,7 +33,8 @@ class TrajectoryBatch:
     numbers trajectories of the clip over its chunks, from 0 in the order of their first row, -1 where not valid. A
     chunk has `chunk_frames` frames, the last one perhaps fewer.
     `assignment_BThw` (uint8) is the slot of every patch. `mass_BN` (float32), where asked for, is how many patches each
-    slot has by soft shares. `embedding_BE` (float32, of length 1), where asked for, is the clip in the space of texts.
+    slot has by soft shares. `embedding_BCE` (float32, of length 1), where asked for, is each chunk in the space of
+    texts.
     """
 
     values_BNd: torch.Tensor
@@ -44,7 +45,7 @@ class TrajectoryBatch:
     assignment_BThw: torch.Tensor
     chunk_frames: int
     mass_BN: torch.Tensor | None = None
-    embedding_BE: torch.Tensor | None = None
+    embedding_BCE: torch.Tensor | None = None
 
 
 @runtime_checkable

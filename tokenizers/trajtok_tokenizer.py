@@ -117,14 +117,13 @@ class TrajTokTokenizer:
         """The tokens of uint8 RGB frames (B,T,H,W,3), on the networks' device; TokenizerError for others.
 
         A clip goes through in chunks of `chunk_frames` (the last may be shorter), each by itself; linking gives their
-        trajectories numbers of the clip. Embeddings of clips are the mean of those of their chunks, at length 1.
+        trajectories numbers of the clip.
         """
         check_frames(frames_BTHWC, self.spec.name)
         self.grid_shape(*frames_BTHWC.shape[1:4])
         chunks = [self._look(part) for part in frames_BTHWC.split(self._options.chunk_frames, dim=1)]
         whole, per_slot, num = _joined(chunks, dim=1), 2**self._options.level, self._sizes.num_slots
         slots_K = torch.arange(num, dtype=torch.int16)
-        embeddings_BCE = whole.get("embedding")
         return TrajectoryBatch(
             values_BNd=whole["tokens"],
             valid_BN=whole["valid"].repeat_interleave(per_slot, dim=1),
@@ -134,7 +133,7 @@ class TrajTokTokenizer:
             assignment_BThw=whole["labels"],
             chunk_frames=self._options.chunk_frames,
             mass_BN=whole["mass"].repeat_interleave(per_slot, dim=1) if "mass" in whole else None,
-            embedding_BE=None if embeddings_BCE is None else F.normalize(embeddings_BCE.mean(1), dim=-1),
+            embedding_BCE=whole.get("embedding"),
         )
 
     def _trajectories(self, whole: Tensors) -> torch.Tensor:

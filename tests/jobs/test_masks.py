@@ -142,6 +142,80 @@ def test_a_clip_that_cannot_be_segmented_fails_for_its_masks_alone(
     assert library.open_cache(str(tmp_path / "cache")).sql("from failures").num_rows == 0
 
 
+def test_tars_hold_clips_whole_and_name_those_that_cannot_be_segmented(
+    tokenmill: Command,
+    write_recipe: Callable[..., str],
+    footage: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tokenmill.jobs.segmenters.FakeSegmenter", Picky)
+    sources = [footage / "carphone_pristine.mp4"]
+    run = tokenmill("run", write_recipe(sources, masks=MASKS, shards={"frames": 64, "format": "webdataset"}))
+    assert run.code == 3
+    cache = library.open_cache(str(tmp_path / "cache"))
+    failed = set(cache.sql("select clip_id from failures where product = 'webdataset'")["clip_id"].to_pylist())
+    samples = read_back(*sorted((tmp_path / "cache").glob("webdataset/*.tar")))
+    assert failed
+    assert {one["__key__"] for one in samples} == set(cache.clips()["clip_id"].to_pylist()) - failed
+    assert all("objects.masks.npz" in one for one in samples)
+    assert tokenmill("verify", str(tmp_path / "cache"), "--deep").code == 0
+
+
+def test_a_damaged_end_fails_its_clips_alone_whatever_comes_before(
+    tokenmill: Command, write_recipe: Callable[..., str], make_video: Callable[..., str], tmp_path: Path
+) -> None:
+    video = Path(make_video(num_frames=40))
+    data = bytearray(video.read_bytes())
+    middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) * 3 // 4
+    data[middle : middle + 400] = bytes(400)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "damaged.mp4").write_bytes(data)
+    for sections in ({"tokens": {}}, {}):
+        cache = tmp_path / f"cache{len(sections)}"
+        run = tokenmill("run", write_recipe([tmp_path / "videos"], masks=MASKS, cache=str(cache), **sections))
+        assert run.code in (0, 3), run.err
+        rows = library.open_cache(str(cache)).sql("select product, num_clips, num_failures from shards").to_pylist()
+        assert {row["num_clips"] + row["num_failures"] for row in rows} == {5}
+
+
+def test_masks_that_cannot_be_made_again_are_a_problem(
+    made: Path, tokenmill: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Absent(FakeSegmenter):
+        def segment(self, clips):
+            return [ClipFailure(clip_id=one.clip.clip_id, step="segment", reason="gone") for one in clips]
+
+    monkeypatch.setattr("tokenmill.jobs.segmenters.FakeSegmenter", Absent)
+    run = tokenmill("verify", str(made), "--retokenize", "0.1")
+    assert run.code == 1
+    assert "masks/objects cannot be made again: gone" in run.out
+
+
+def test_what_masks_do_not_have_is_refused_in_one_line(
+    tokenmill: Command, write_recipe: Callable[..., str], footage: Path, tmp_path: Path
+) -> None:
+    run = tokenmill("run", write_recipe([footage / "carphone_pristine.mp4"], masks=MASKS, tokens={}))
+    assert run.code == 0, run.err
+    cache = library.open_cache("cache")
+    clip_id = cache.clips()["clip_id"][0].as_py()
+    for arguments, message in (
+        (("verify", "cache", "--quality", "1"), "no tokens that decode to frames: compare masks by --truth NAME"),
+        (("verify", "cache", "--quality", "1", "--truth", "objects"), "nothing to compare with masks/objects"),
+        (("verify", "cache", "--truth", "objects"), "it is measured with --quality P"),
+        (("reconstruct", "cache", clip_id, "x.mp4"), "it has no tokens: its products are"),
+        (("reconstruct", "cache", clip_id, "x.mp4", "--masks", "a", "--product", "b"), "give one of both"),
+        (("export", "webdataset", "cache", "out"), "it has no tokens as Parquet to export"),
+        (("export", "webdataset", "cache", "out", "--layout", "sav"), "it is of exports for trajtok"),
+        (("export", "trajtok", "cache", "out", "--clips-per-tar", "3"), "sa1b alone has tars"),
+    ):
+        refused = tokenmill(*arguments)
+        assert refused.code in (1, 2)
+        assert message in re.sub(r"[\s│╭╮╰╯─]+", " ", refused.err), refused.err
+    with pytest.raises(CacheError, match="it has no tokens"):
+        cache.loader("objects", 4)
+
+
 def test_tars_hold_masks_and_tokens_of_a_clip_side_by_side(
     tokenmill: Command, write_recipe: Callable[..., str], footage: Path, tmp_path: Path
 ) -> None:

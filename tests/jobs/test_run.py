@@ -313,7 +313,7 @@ def test_a_clip_shorter_than_one_frame_is_a_row(tokenmill: Command, write_recipe
 
 def test_the_recipes_schema_is_printed_as_json(tokenmill: Command) -> None:
     schema = json.loads(tokenmill("run", "--schema").out)
-    assert set(schema["required"]) == {"cache", "sources", "tokens"}
+    assert set(schema["required"]) == {"cache", "sources"}
 
 
 def test_a_job_that_is_killed_anywhere_resumes_to_the_same_files(

@@ -80,6 +80,9 @@ def test_a_job_makes_tokens_embeddings_and_masks_of_trajectories(
     torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(len(ids)))
     with pytest.raises(CacheError, match="as many tokens as trajectories: read_trajectories gives them"):
         cache.read("objects", ids)
+    with pytest.raises(CacheError, match="read_trajectories gives them"):
+        cache.loader("objects", 2)
+    assert cache.sql("select count(*) as n from tokens")["n"][0].as_py() == 2 * len(ids)
     with pytest.raises(CacheError, match="its tokens lie in grids: read gives them"):
         cache.read_trajectories("dct", ids)
     assert_sql_answers(cache, ids, tokens, embeddings)

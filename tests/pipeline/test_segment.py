@@ -43,7 +43,7 @@ def test_segments_that_touch_have_a_border_of_one_pixel() -> None:
     masks = masks_of(squares(1), 1, 128).masks_THW[0].astype(int)
     for a, b in ((masks[:, 1:], masks[:, :-1]), (masks[1:], masks[:-1])):
         assert not ((a != b) & (a > 0) & (b > 0)).any()
-    assert (masks == 0).sum() == 4 * 12 + 4 * 4
+    assert (masks == 0).sum() == 4 * 12 + 4 * 4 + 1
 
 
 def test_a_clip_of_one_segment_has_a_pixel_of_none_in_every_frame() -> None:
@@ -109,11 +109,12 @@ class Picky(FakeSegmenter):
         ]
 
 
-def test_clips_are_segmented_a_few_at_a_time_and_one_may_fail() -> None:
+def test_clips_are_segmented_together_and_one_may_fail() -> None:
     segmenter = Picky()
-    maker = MaskMaker(segmenter=segmenter, sampling=SAMPLING, batch_size=2, max_trajectories=128)
+    maker = MaskMaker(segmenter=segmenter, sampling=SAMPLING, max_trajectories=128)
     made = maker.make(frames_of(3))
-    assert segmenter.sizes == [2, 1]
+    assert segmenter.sizes == [3]
+    assert maker.make([]) == []
     assert isinstance(made[1], ClipFailure)
     assert [one.masks.graph_MT.shape for one in (made[0], made[2])] == [(2, 4), (2, 4)]
     assert made[0].masks.num_valid == 3

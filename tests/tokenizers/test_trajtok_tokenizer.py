@@ -87,8 +87,8 @@ def test_tokens_of_an_official_checkpoint_are_the_golden_ones(tmp_path: Path) ->
     same = same.repeat(4)
     np.testing.assert_allclose(found.values_BNd[0][same], wanted["tokens_l2"][same], atol=1e-4)
     assert np.array_equal(found.valid_BN[0][same], wanted["valid_l2"][same])
-    assert found.embedding_BE is not None
-    assert found.embedding_BE[0] @ torch.from_numpy(wanted["clip_embed_sdpa"]) > 0.9999
+    assert found.embedding_BCE is not None
+    assert found.embedding_BCE[0, 0] @ torch.from_numpy(wanted["clip_embed_sdpa"]) > 0.9999
 
 
 def test_every_chunk_has_the_tokens_of_the_networks(load: Load, model: SegmentClip) -> None:
@@ -151,7 +151,7 @@ def test_square_clips_of_any_size_have_the_same_grid(load: Load, height: int, nu
     assert found.values_BNd.isfinite().all()
 
 
-def test_embeddings_are_the_mean_of_those_of_chunks(load: Load, model: SegmentClip) -> None:
+def test_every_chunk_has_an_embedding(load: Load, model: SegmentClip) -> None:
     frames = clip(3, 56, 6)
     plain, official, masked = (
         load(chunk_frames=2, **options)
@@ -163,12 +163,13 @@ def test_embeddings_are_the_mean_of_those_of_chunks(load: Load, model: SegmentCl
     assert official.embedding.options == {"mask_mode": "official_sdpa", "vit_heads": 4}
     assert plain.spec == official.spec == masked.spec
     tokens = plain.encode(frames.unsqueeze(0))
-    assert tokens.embedding_BE is None
+    assert tokens.embedding_BCE is None
     for tokenizer, is_masked in ((official, False), (masked, True)):
         parts = [model.vision_encoder(normalized(part), 0, masked=is_masked)[0] for part in frames.split(2)]
-        wanted = F.normalize(sum(model.embed_rows(rows) for rows in parts), dim=-1)  # type: ignore[arg-type]
+        wanted = torch.stack([F.normalize(model.embed_rows(rows), dim=-1) for rows in parts], dim=1)
         found = tokenizer.encode(frames.unsqueeze(0))
-        torch.testing.assert_close(found.embedding_BE, wanted, atol=1e-5, rtol=0)
+        assert found.embedding_BCE is not None
+        torch.testing.assert_close(found.embedding_BCE, wanted, atol=1e-5, rtol=0)
         assert torch.equal(found.values_BNd, tokens.values_BNd)
 
 
@@ -213,13 +214,13 @@ def test_other_number_types_keep_positions_exact(load: Load, dtype: str) -> None
     wanted, found = exact.encode(frames), other.encode(frames)
     assert found.values_BNd.dtype == getattr(torch, dtype)
     assert other.spec.dtype == dtype
-    assert found.embedding_BE is not None
-    assert found.embedding_BE.dtype == torch.float32
+    assert found.embedding_BCE is not None
+    assert found.embedding_BCE.dtype == torch.float32
     freqs = [value for name, value in other._model.named_buffers() if name.endswith("freqs")]
     assert freqs
     assert all(one.dtype == torch.float32 for one in freqs)
     assert (found.assignment_BThw == wanted.assignment_BThw).float().mean() > 0.9
-    assert (found.embedding_BE * wanted.embedding_BE).sum() > 0.98
+    assert (found.embedding_BCE * wanted.embedding_BCE).sum() > 0.98
 
 
 def test_calls_outside_of_inference_mode_keep_no_gradients(load: Load) -> None:
