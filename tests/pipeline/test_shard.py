@@ -3,6 +3,7 @@
 import hashlib
 import socket
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -17,6 +18,7 @@ from tokenmill.pipeline.encode import BatchEncoder
 from tokenmill.pipeline.executors import FakeExecutor, LocalExecutor
 from tokenmill.pipeline.manifests import committed_names, missing_products, read_manifests
 from tokenmill.pipeline.retries import RetryPolicy
+from tokenmill.pipeline.segment import FakeSegmenter, MaskMaker
 from tokenmill.pipeline.shard import process_shard
 from tokenmill.pipeline.storage import Folder
 from tokenmill.pipeline.worker import Worker, fingerprints_of
@@ -65,6 +67,17 @@ def plan_of(num_clips: int, uri: str = __file__, digest: str = "uri:x") -> Shard
         for i in range(num_clips)
     ]
     return ShardPlan(shard_id="shard0", clips=tuple(clips))
+
+
+def test_failures_behind_the_last_full_batch_leave_masks_as_they_are(tmp_path: Path) -> None:
+    plan = plan_of(5)
+    worker = worker_for(tmp_path, SomeBroken(failing=[plan.clips[-1].clip_id]))
+    maker = MaskMaker(segmenter=FakeSegmenter(), sampling=SAMPLING, max_trajectories=128)
+    worker = replace(worker, mask_makers={"masks/fake": maker}, fingerprints={"masks/fake": "f"})
+    *_, receipt = process_shard(ShardTask(plan=plan, products=("masks/fake",)), worker)
+    assert isinstance(receipt, ShardReceipt)
+    (manifest,) = receipt.manifests
+    assert (manifest.num_rows, [one.clip_id for one in manifest.failures]) == (4, [plan.clips[-1].clip_id])
 
 
 def worker_for(tmp_path: Path, decoder: FakeDecoder | None = None, tokenizer: FakeTokenizer | None = None) -> Worker:
