@@ -167,17 +167,20 @@ def _best_motions(
     num = len(start_k2)
     flat = segments_hw.ravel()
     areas_k = np.bincount(flat, minlength=num)
-    y, x = np.indices((h, w), np.int64)
-    y, x = y + 1 + start_k2[segments_hw, 0], x + 1 + start_k2[segments_hw, 1]
-    framed_hw = np.pad(next_hw, 1, constant_values=-1)
+    # Pictures framed so widely with -1 that every motion stays inside; a motion is a distance in the flat picture.
+    frame = reach + int(np.abs(start_k2).max(initial=0))
+    framed = np.pad(next_hw, frame, constant_values=-1).ravel()
+    row = w + 2 * frame
+    places = ((np.arange(h)[:, None] + frame) * row + np.arange(w) + frame).ravel() + (start_k2 @ (row, 1))[flat]
+    grey = grey_hw.ravel()
     steps = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1)]
     best_k, differences_k, motions_k2 = np.full(num, np.inf), np.full(num, np.inf), start_k2.copy()
     for step in sorted(steps, key=lambda step: (step[0] ** 2 + step[1] ** 2, step)):
-        moved_hw = framed_hw[np.clip(y + step[0], 0, h + 1), np.clip(x + step[1], 0, w + 1)]
-        inside = moved_hw >= 0
-        difference_hw = np.where(inside, np.minimum(np.abs(moved_hw - grey_hw), MOST_DIFFERENCE), 0)
-        counts_k = np.bincount(flat, weights=inside.ravel(), minlength=num)
-        sums_k = np.bincount(flat, weights=difference_hw.ravel(), minlength=num)
+        moved = framed.take(places + (step[0] * row + step[1]))
+        inside = moved >= 0
+        differences = np.minimum(np.abs(moved - grey), MOST_DIFFERENCE) * inside
+        counts_k = np.bincount(flat, weights=inside, minlength=num)
+        sums_k = np.bincount(flat, weights=differences, minlength=num)
         means_k = np.where(2 * counts_k >= areas_k, sums_k / np.maximum(counts_k, 1), np.inf)
         motion_k2 = start_k2 + step
         costs_k = means_k + COST_OF_MOTION * np.sqrt((motion_k2**2).sum(axis=1)) / max(h, w)

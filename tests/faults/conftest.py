@@ -10,7 +10,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "poison")]
 
-from harness import Contents, Job, MakeJob, contents_of, make_videos  # noqa: E402
+from harness import MASKS, Contents, Job, MakeJob, contents_of, make_videos  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +32,6 @@ def make_job(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeJob:
             "sources": [str(sources)],
             "clips": {"num_frames": 8, "height": 96, "width": 96},
             "tokens": {"dct": {"tokenizer": "dct_fsq/488_262144", "batch_size": 4}},
-            "masks": {"objects": {"segmenter": "fake"}},
             "shards": {"frames": 150},
         }
         return Job(folder=folder, cache=cache or f"{folder}/cache", recipe=recipe | sections)
@@ -42,8 +41,8 @@ def make_job(videos: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeJob:
 
 @pytest.fixture(scope="session")
 def whole(make_job: MakeJob) -> Contents:
-    """What the job makes when it is left alone."""
-    job = make_job()
+    """What the job makes, with masks, when it is left alone."""
+    job = make_job(masks=MASKS)
     assert job.finish(most_runs=1) == 0
     found = contents_of(job.cache)
     assert len(found.clip_ids) == 40 * 10

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import POISON, Contents, MakeJob, assert_same, contents_of, make_videos
+from harness import MASKS, POISON, Contents, MakeJob, assert_same, contents_of, make_videos
 from poison import append
 
 from tokenmill.pipeline.cache import open_cache
@@ -23,7 +23,7 @@ NUM_KILLS = [2, pytest.param(50, marks=pytest.mark.slow)]
 def test_drivers_killed_at_random_lose_nothing(make_job: MakeJob, whole: Contents, num_kills: int) -> None:
     chance, kills = random.Random(num_kills), 0
     while kills < num_kills:
-        job = make_job()
+        job = make_job(masks=MASKS)
         job.kill_drivers(num_kills - kills, chance, (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
         assert job.finish() == 0
         assert_same(job, whole)
@@ -39,7 +39,7 @@ def test_workers_killed_at_random_lose_nothing(make_job: MakeJob, whole: Content
     chance, kills = random.Random(num_kills), 0
     kinds = ["token worker", "decoder"] + ["decode actor"] * (decode == "actor")
     while kills < num_kills:
-        job = make_job(executor=RAY, decode={"run_in": decode})
+        job = make_job(executor=RAY, decode={"run_in": decode}, masks=MASKS)
         job.kill_workers(kinds, num_kills - kills, chance, every_s=1.5)
         assert job.finish() == 0
         assert_same(job, whole)
@@ -96,7 +96,6 @@ def test_poison_is_quarantined_and_nothing_else(
         decode={"timeout_s": 2, "memory_mb": 700},
         executor=executor,
         tokens={"fake": {"tokenizer": "fake"}},
-        masks={},
     )
     job.environment["PYTHONPATH"] = POISON
     assert job.finish(most_runs=1) == 3, job.said()

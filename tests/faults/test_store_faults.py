@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
-from harness import Contents, MakeJob, assert_same, contents_of
+from harness import Contents, MakeJob, asked_of, assert_same, contents_of
 from proxy import FaultProxy
 
 from tokenmill.pipeline.retries import apply_storage_options
@@ -51,7 +51,7 @@ def test_any_number_of_workers_makes_the_same_files(
         executor=RAY | {"workers": workers, "cpus_per_worker": 0.5}, decode={"run_in": run_in, "processes": 2}
     )
     assert job.finish(most_runs=1) == 0
-    assert contents_of(job.cache) == whole
+    assert contents_of(job.cache) == asked_of(job, whole)
 
 
 @pytest.mark.s3

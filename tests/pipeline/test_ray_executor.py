@@ -94,14 +94,8 @@ def of_kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[Any]
     del sys.modules["processes"]
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "token worker",
-        pytest.param("decode actor", marks=pytest.mark.slow),
-        pytest.param("decoder", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # the fast set has tests/faults, where the same dies at random moments
+@pytest.mark.parametrize("kind", ["token worker", "decode actor", "decoder"])
 def test_a_process_that_is_killed_costs_no_clip(
     recipe: Callable[..., Recipe], of_kind: Callable[..., list[Any]], kind: str
 ) -> None:
