@@ -11,39 +11,12 @@ import pyarrow.parquet as pq
 
 from ..schemas.errors import CacheError
 from ..schemas.masks import ClipMasks, SegmenterSpec
-from ..schemas.tables import FORMAT_KEY, check_format, with_format
+from ..schemas.tables import FORMAT_KEY, MASK_SCHEMA, check_format, with_format
 from .label_codec import pack_planes, unpack_planes
 from .token_file import open_parquet
 
 SEGMENTER = "tokenmill.segmenter"
 ROWS_PER_GROUP = 64  # about 2 MB at 16x224x224
-
-TRAJECTORY_TYPE = pa.struct(
-    [
-        pa.field("trajectory_id", pa.string(), nullable=False),
-        pa.field("area", pa.int64(), nullable=False),
-        pa.field("first_frame", pa.int32(), nullable=False),
-        pa.field("last_frame", pa.int32(), nullable=False),
-        pa.field("num_frames", pa.int32(), nullable=False),
-        pa.field("start_s", pa.float64(), nullable=False),
-        pa.field("end_s", pa.float64(), nullable=False),
-    ]
-)
-MASK_SCHEMA = pa.schema(
-    [
-        pa.field("clip_id", pa.string(), nullable=False),
-        pa.field("video_id", pa.string(), nullable=False),
-        pa.field("num_valid", pa.uint32(), nullable=False),
-        pa.field("frame_pts_s", pa.list_(pa.field("element", pa.float64(), nullable=False)), nullable=False),
-        pa.field("num_frames", pa.uint32(), nullable=False),
-        pa.field("height", pa.uint32(), nullable=False),
-        pa.field("width", pa.uint32(), nullable=False),
-        pa.field("num_trajectories", pa.uint32(), nullable=False),
-        pa.field("trajectories", pa.list_(pa.field("element", TRAJECTORY_TYPE, nullable=False)), nullable=False),
-        pa.field("graph", pa.binary(), nullable=False),
-        pa.field("masks", pa.binary(), nullable=False),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +99,7 @@ def _stored(row: MaskRow) -> dict[str, Any]:
 
 
 def trajectories_of(row: MaskRow) -> list[dict[str, Any]]:
-    """What SQL knows of each trajectory of a clip, of its real frames alone, as TRAJECTORY_TYPE.
+    """What SQL knows of each trajectory of a clip, of its real frames alone, as `schemas.tables.TRAJECTORY_TYPE`.
 
     It begins when its first frame is shown and ends when the frame after its last one is, or the clip ends.
     """

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..schemas.errors import CacheError
-from ..schemas.tables import with_format
+from ..schemas.tables import TRAJECTORY_TOKENS_SCHEMA, with_format
 from ..schemas.tokens import TrajectoryTokens
 from .label_codec import pack_planes, unpack_planes
 from .token_file import (
@@ -27,22 +27,6 @@ from .token_file import (
     check_token_file,
     open_parquet,
     values_offset,
-)
-
-UINT16S = pa.list_(pa.field("element", pa.uint16(), nullable=False))
-SMALL_SCHEMA = pa.schema(
-    [
-        pa.field("clip_id", pa.string(), nullable=False),
-        pa.field("num_valid", pa.uint32(), nullable=False),
-        pa.field("num_tokens", pa.uint32(), nullable=False),
-        pa.field("chunk_frames", pa.uint32(), nullable=False),
-        pa.field("slots", UINT16S, nullable=False),
-        pa.field("chunks", UINT16S, nullable=False),
-        pa.field("trajectories", UINT16S, nullable=False),
-        pa.field("mass", pa.list_(pa.field("element", pa.float32(), nullable=False))),
-        pa.field("assignment", pa.binary(), nullable=False),
-        pa.field("assignment_shape", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
-    ]
 )
 
 
@@ -62,9 +46,10 @@ def write_trajectory_file(
     values = np.ascontiguousarray(np.concatenate([clip.values_Nd for clip in clips])).view(np.uint8)
     values = values.reshape(-1, width)
     field = pa.field(LOW, pa.list_(pa.field("element", pa.binary(width), nullable=False)), nullable=False)
-    schema = with_format(pa.schema([*SMALL_SCHEMA, field]), **footer)
+    schema = with_format(pa.schema([*TRAJECTORY_TOKENS_SCHEMA, field]), **footer)
     small = pa.Table.from_pylist(
-        [_small_row(clip_id, clip) for clip_id, clip in zip(clip_ids, clips, strict=True)], schema=SMALL_SCHEMA
+        [_small_row(clip_id, clip) for clip_id, clip in zip(clip_ids, clips, strict=True)],
+        schema=TRAJECTORY_TOKENS_SCHEMA,
     )
     lists = pa.ListArray.from_arrays(
         pa.array(np.append(0, ends_N), pa.int32()),
@@ -181,7 +166,9 @@ class TrajectoryFile:
 
     def _open(self, group: int, *, verify: bool) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
         """Small columns of a row group, the end of each row's tokens, and all its tokens (n, width)."""
-        rows = self._parquet.read_row_group(group, columns=SMALL_SCHEMA.names, use_threads=False).to_pylist()
+        rows = self._parquet.read_row_group(
+            group, columns=TRAJECTORY_TOKENS_SCHEMA.names, use_threads=False
+        ).to_pylist()
         ends_N = np.cumsum([row["num_tokens"] for row in rows])
         offset, width = self._offsets[group], self.layout.widths[LOW]
         if offset is None:

@@ -11,10 +11,9 @@ from duckdb.sqltypes import BLOB, FLOAT, INTEGER
 
 from ..schemas.cache_info import CacheInfo, ProductInfo
 from ..schemas.shard import EMBEDDINGS, MASKS
-from .mask_file import MASK_SCHEMA
+from ..schemas.tables import MASK_SCHEMA, TRAJECTORY_TOKENS_SCHEMA
 from .store import TOKEN_ROWS_SCHEMA, embedding_layout
 from .token_file import HIGH, LOW, TokenLayout, from_planes
-from .trajectory_file import SMALL_SCHEMA
 
 # Clips and what a condition on them may also name.
 CLIPS_WITH_VIDEOS = """(select c.*, v.uri, v.caption, v.metadata from clips c left join videos v using (video_id))"""
@@ -49,7 +48,7 @@ def _create_token_view(
     tokenizer = entry.tokenizer or {}
     schema, tokens = TOKEN_ROWS_SCHEMA, f"{LOW} as latents"
     if tokenizer["kind"] == "trajectory":
-        schema, tokens = SMALL_SCHEMA, f"{LOW} as vectors"
+        schema, tokens = TRAJECTORY_TOKENS_SCHEMA, f"{LOW} as vectors"
     elif tokenizer["kind"] == "discrete":
         layout = TokenLayout(dtype="uint16", shape=entry.shape, codebook_size=tokenizer["codebook_size"])
         columns = [LOW, HIGH] if layout.high_bits else [LOW]

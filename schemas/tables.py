@@ -79,6 +79,51 @@ CLIP_SCHEMA = pa.schema(
     ]
 )
 
+# Masks: one row per clip that could be segmented. `graph` and `masks` are packed planes (docs/formats.md).
+TRAJECTORY_TYPE = pa.struct(
+    [
+        pa.field("trajectory_id", pa.string(), nullable=False),
+        pa.field("area", pa.int64(), nullable=False),
+        pa.field("first_frame", pa.int32(), nullable=False),
+        pa.field("last_frame", pa.int32(), nullable=False),
+        pa.field("num_frames", pa.int32(), nullable=False),
+        pa.field("start_s", pa.float64(), nullable=False),
+        pa.field("end_s", pa.float64(), nullable=False),
+    ]
+)
+MASK_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("num_valid", pa.uint32(), nullable=False),
+        pa.field("frame_pts_s", pa.list_(pa.field("element", pa.float64(), nullable=False)), nullable=False),
+        pa.field("num_frames", pa.uint32(), nullable=False),
+        pa.field("height", pa.uint32(), nullable=False),
+        pa.field("width", pa.uint32(), nullable=False),
+        pa.field("num_trajectories", pa.uint32(), nullable=False),
+        pa.field("trajectories", pa.list_(pa.field("element", TRAJECTORY_TYPE, nullable=False)), nullable=False),
+        pa.field("graph", pa.binary(), nullable=False),
+        pa.field("masks", pa.binary(), nullable=False),
+    ]
+)
+
+# Tokens of trajectories, apart from the tokens themselves: one row per clip. `assignment` is packed planes.
+UINT16S = pa.list_(pa.field("element", pa.uint16(), nullable=False))
+TRAJECTORY_TOKENS_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("num_valid", pa.uint32(), nullable=False),
+        pa.field("num_tokens", pa.uint32(), nullable=False),
+        pa.field("chunk_frames", pa.uint32(), nullable=False),
+        pa.field("slots", UINT16S, nullable=False),
+        pa.field("chunks", UINT16S, nullable=False),
+        pa.field("trajectories", UINT16S, nullable=False),
+        pa.field("mass", pa.list_(pa.field("element", pa.float32(), nullable=False))),
+        pa.field("assignment", pa.binary(), nullable=False),
+        pa.field("assignment_shape", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+    ]
+)
+
 # What the store said of every source when it was last read: equal stamps spare a second reading.
 STAMP_SCHEMA = pa.schema(
     [

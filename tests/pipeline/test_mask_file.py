@@ -52,7 +52,7 @@ def test_trajectories_last_until_the_next_frame_is_shown(tmp_path: Path) -> None
     row = MaskRow(clip=row_of(0).clip, masks=PackedMasks.pack(masks_of(tracks, 3, 128)), trajectory_ids=["x", "y"])
     first, second = trajectories_of(row)
     assert first == {
-        "trajectory_id": "x", "area": 64, "first_frame": 1, "last_frame": 2, "num_frames": 2,
+        "trajectory_id": "x", "area": 62, "first_frame": 1, "last_frame": 2, "num_frames": 2,
         "start_s": 0.5, "end_s": 1.25,
     }  # fmt: skip
     assert (second["num_frames"], second["area"], second["start_s"], second["end_s"]) == (2, 32, 0.0, 1.25)
