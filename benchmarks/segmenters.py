@@ -71,7 +71,7 @@ def ours(frames_THWC: np.ndarray) -> np.ndarray:
     one = ClipFrames(
         clip=clip, frames_THWC=frames_THWC, decoded_pts_s=times, frame_numbers=numbers, decoder="benchmark"
     )
-    return Slic3d(Slic3dOptions()).segment([one])[0]
+    return Slic3d(Slic3dOptions()).segment(one)
 
 
 def plain(frames_THWC: np.ndarray) -> np.ndarray:

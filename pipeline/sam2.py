@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from ..schemas.clip import ClipFailure, ClipFrames
+from ..schemas.clip import ClipFrames
 from ..schemas.errors import TokenizerError
 from ..schemas.masks import SegmenterSpec
 from ..schemas.recipe import Section
@@ -102,11 +101,8 @@ class Sam2:
     def _model(self) -> Any:
         return load_network(self._folder, self._device, self._options.image_size)
 
-    def segment(self, clips: Sequence[ClipFrames]) -> list[np.ndarray | ClipFailure]:
-        """For each clip its tracks (T,H,W, int32), 0 where no object is; frames of padding repeat the last real one."""
-        return [self._tracks(one) for one in clips]
-
-    def _tracks(self, one: ClipFrames) -> np.ndarray:
+    def segment(self, one: ClipFrames) -> np.ndarray:
+        """The tracks (T,H,W, int32) of a clip, 0 where no object is; frames of padding repeat the last real one."""
         real_THWC = one.frames_THWC[: one.clip.num_valid]
         with torch.inference_mode():
             tracks_THW = tracks_of(real_THWC, ClipNetwork(self._model, real_THWC, self._dtype), self._options)

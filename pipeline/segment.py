@@ -1,6 +1,5 @@
 """Segmenting: the frames of a clip -> masks and trajectories, as trainers of TrajTok read them (spec section 5)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +22,8 @@ class Segmenter(Protocol):
         """What decides the masks, apart from the frames."""
         ...
 
-    def segment(self, clips: Sequence[ClipFrames]) -> Sequence[np.ndarray | ClipFailure]:
-        """For each clip its tracks (T,H,W), integers at the size of its frames, or why it has none.
+    def segment(self, one: ClipFrames) -> np.ndarray | ClipFailure:
+        """The tracks (T,H,W) of a clip, integers at the size of its frames, or why it has none.
 
         A track is the same number, 1 or more, in all frames of the clip where a trajectory is seen; 0 is no trajectory.
         """
@@ -50,12 +49,11 @@ class MaskMaker:
     sampling: Sampling
     max_trajectories: int
 
-    def make(self, clips: Sequence[ClipFrames]) -> list[SegmentedClip | ClipFailure]:
-        """The masks of each clip, or why it has none."""
-        made = zip(clips, self.segmenter.segment(clips) if clips else (), strict=True)
-        return [tracks if isinstance(tracks, ClipFailure) else self._segmented(one, tracks) for one, tracks in made]
-
-    def _segmented(self, one: ClipFrames, tracks_THW: np.ndarray) -> SegmentedClip:
+    def make(self, one: ClipFrames) -> SegmentedClip | ClipFailure:
+        """The masks of a clip, or why it has none."""
+        tracks_THW = self.segmenter.segment(one)
+        if isinstance(tracks_THW, ClipFailure):
+            return tracks_THW
         num_valid = one.clip.num_valid
         masks = masks_of(tracks_THW, num_valid, self.max_trajectories)
         tracks = masks.tracks_THW
@@ -68,9 +66,9 @@ class FakeSegmenter:
 
     spec = SegmenterSpec(name="fake")
 
-    def segment(self, clips: Sequence[ClipFrames]) -> list[np.ndarray | ClipFailure]:
-        grey = [one.frames_THWC.astype(np.int32).sum(axis=3) for one in clips]
-        return [1 + (one_THW > one_THW.mean()).astype(np.int32) for one_THW in grey]
+    def segment(self, one: ClipFrames) -> np.ndarray | ClipFailure:
+        grey_THW = one.frames_THWC.astype(np.int32).sum(axis=3)
+        return 1 + (grey_THW > grey_THW.mean()).astype(np.int32)
 
 
 def masks_of(tracks_THW: np.ndarray, num_valid: int, most: int) -> ClipMasks:

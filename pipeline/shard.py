@@ -68,7 +68,7 @@ def segment(
     clips: Sequence[ClipFrames], products: Sequence[str], worker: Worker
 ) -> dict[str, list[SegmentedClip | ClipFailure]]:
     """The masks that making `products` takes, all from the same frames."""
-    return {product: maker.make(clips) for product, maker in worker.mask_makers_for(products).items()}
+    return {p: [maker.make(one) for one in clips] for p, maker in worker.mask_makers_for(products).items()}
 
 
 def tokenize(batch: FrameBatch, products: Sequence[str], worker: Worker) -> dict[str, EncodedBatch]:

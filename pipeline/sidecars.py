@@ -89,26 +89,23 @@ class Sidecars:
         self._options, self._sampling = options, sampling
         self._held: OrderedDict[str, tuple[TracksOf, VideoShape] | str] = OrderedDict()
 
-    def segment(self, clips: Sequence[ClipFrames]) -> "list[np.ndarray | ClipFailure]":
-        """For each clip the tracks (T,H,W) that its video's sidecars show in its frames, or why there are none.
+    def segment(self, one: ClipFrames) -> np.ndarray | ClipFailure:
+        """The tracks (T,H,W) that the sidecars of a clip's video show in its frames, or why there are none.
 
         SourceError: a store is out of reach, as for videos: failures would outlast an outage.
         """
-        return [self._segmented(clip) for clip in clips]
-
-    def _segmented(self, frames: ClipFrames) -> np.ndarray | ClipFailure:
-        uri, clip_id = frames.clip.video.uri, frames.clip.clip_id
+        uri, clip_id = one.clip.video.uri, one.clip.clip_id
         held = self._sidecar(uri)
         if isinstance(held, str):
             return ClipFailure(clip_id=clip_id, step="segment", reason=held)
         tracks_of, shape = held
-        numbers = sorted(set(frames.frame_numbers))
+        numbers = sorted(set(one.frame_numbers))
         try:
             tracks_NHW = tracks_of(numbers, lambda ids_NHW: scaled_ids(ids_NHW, shape, self._sampling))
         except MALFORMED as error:
             return ClipFailure(clip_id=clip_id, step="segment", reason=f"{uri}: its sidecar: {_said(error)}")
-        places = np.searchsorted(numbers, frames.frame_numbers)
-        return tracks_NHW[np.pad(places, (0, len(frames.frames_THWC) - len(places)), mode="edge")]
+        places = np.searchsorted(numbers, one.frame_numbers)
+        return tracks_NHW[np.pad(places, (0, len(one.frames_THWC) - len(places)), mode="edge")]
 
     def _sidecar(self, uri: str) -> tuple[TracksOf, VideoShape] | str:
         """How to get the tracks of a video's frames, and its shape; or why there are none. The last few are held.

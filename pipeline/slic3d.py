@@ -1,7 +1,6 @@
 """Trajectories without weights: supervoxels of a window of frames (3-D SLIC), merged by colour, joined over windows."""
 
 import math
-from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
 
@@ -53,9 +52,9 @@ class Slic3d:
         revisions = {"resize_revision": RESIZE_REVISION, "link_revision": LINK_REVISION}
         return SegmenterSpec(name="slic3d", options=self.options.model_dump(mode="json") | versions | revisions)
 
-    def segment(self, clips: Sequence[ClipFrames]) -> list[np.ndarray]:
-        """The tracks (T,H,W; int32) of each clip, from 1: every pixel is of one. Padding is as the last real frame."""
-        return [self._tracks(one.frames_THWC, one.clip.num_valid) for one in clips]
+    def segment(self, one: ClipFrames) -> np.ndarray:
+        """The tracks (T,H,W; int32) of a clip, from 1: every pixel is of one. Padding is as the last real frame."""
+        return self._tracks(one.frames_THWC, one.clip.num_valid)
 
     def _tracks(self, frames_THWC: np.ndarray, num_valid: int) -> np.ndarray:
         tracks_THW = np.empty(frames_THWC.shape[:3], np.int32)

@@ -1,6 +1,6 @@
 """TrajTok's segmenter (arXiv:2602.22779) as a maker of masks: every pixel of a clip belongs to a trajectory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, TypeVar
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, Field
 from torch import nn
 
-from ..schemas.clip import ClipFailure, ClipFrames
+from ..schemas.clip import ClipFrames
 from ..schemas.errors import TokenizerError
 from ..schemas.masks import SegmenterSpec
 from ..schemas.recipe import parse_options
@@ -73,12 +73,12 @@ class TrajTokSegmenter:
         )
 
     @torch.inference_mode()
-    def segment(self, clips: Sequence[ClipFrames]) -> list[np.ndarray | ClipFailure]:
-        """For each clip its tracks (T,H,W) int32, from 1, at the size of its frames; 0 where `min_area` left some out.
+    def segment(self, one: ClipFrames) -> np.ndarray:
+        """The tracks (T,H,W) int32 of a clip, from 1, at the size of its frames; 0 where `min_area` left some out.
 
         By the finer head where the weights have one, else by patches. TokenizerError for values that are not finite.
         """
-        return [self.tracks(clip.frames_THWC) for clip in clips]
+        return self.tracks(one.frames_THWC)
 
     def tracks(self, frames_THWC: np.ndarray) -> np.ndarray:
         """The tracks (T,H,W) int32 of one clip of uint8 RGB frames."""

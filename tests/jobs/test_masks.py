@@ -9,7 +9,7 @@ import pytest
 
 import tokenmill as library
 from tokenmill.pipeline.segment import FakeSegmenter
-from tokenmill.schemas.clip import ClipFailure
+from tokenmill.schemas.clip import ClipFailure, ClipFrames
 from tokenmill.schemas.errors import CacheError
 
 from ..pipeline.sam2_kit import save
@@ -111,13 +111,10 @@ def test_masks_made_by_another_segmenter_are_another_version(
 class Picky(FakeSegmenter):
     """Cannot segment the clips that begin in the second second."""
 
-    def segment(self, clips):
-        made = super().segment(clips)
-        reasons = [ClipFailure(clip_id=one.clip.clip_id, step="segment", reason="too picky") for one in clips]
-        return [
-            reason if 1 <= one.clip.start_s < 2 else tracks
-            for one, reason, tracks in zip(clips, reasons, made, strict=True)
-        ]
+    def segment(self, one: ClipFrames) -> np.ndarray | ClipFailure:
+        if 1 <= one.clip.start_s < 2:
+            return ClipFailure(clip_id=one.clip.clip_id, step="segment", reason="too picky")
+        return super().segment(one)
 
 
 def test_a_clip_that_cannot_be_segmented_fails_for_its_masks_alone(
@@ -171,8 +168,8 @@ def test_masks_that_cannot_be_made_again_are_a_problem(
     made: Path, tokenmill: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Absent(FakeSegmenter):
-        def segment(self, clips):
-            return [ClipFailure(clip_id=one.clip.clip_id, step="segment", reason="gone") for one in clips]
+        def segment(self, one: ClipFrames) -> np.ndarray | ClipFailure:
+            return ClipFailure(clip_id=one.clip.clip_id, step="segment", reason="gone")
 
     monkeypatch.setattr("tokenmill.jobs.segmenters.FakeSegmenter", Absent)
     run = tokenmill("verify", str(made), "--retokenize", "0.1")

@@ -232,14 +232,14 @@ def check_tracks(tracks_THW: Any, frames_THWC: np.ndarray, most: int) -> None:
 @pytest.mark.parametrize("size", [(48, 64), (64, 64), (90, 33), (7, 5)])
 def test_clips_of_any_size_become_tracks(loose: Sam2, size: tuple[int, int]) -> None:
     frames_THWC = shapes(6, 48, 64)[:, : size[0], : size[1]] if size < (49, 65) else still(6, size)
-    (tracks_THW,) = loose.segment([as_clip(frames_THWC)])
+    tracks_THW = loose.segment(as_clip(frames_THWC))
     check_tracks(tracks_THW, frames_THWC, 4)
     assert tracks_THW.any()
 
 
 def test_real_clip_with_a_cut_becomes_tracks_that_do_not_pass_it(loose: Sam2) -> None:
     frames_THWC = footage(24, 36)
-    (tracks_THW,) = loose.segment([as_clip(frames_THWC)])
+    tracks_THW = loose.segment(as_clip(frames_THWC))
     check_tracks(tracks_THW, frames_THWC, 4)
     before, after = (set(np.unique(part)) - {0} for part in (tracks_THW[:6], tracks_THW[6:]))
     assert before
@@ -249,13 +249,13 @@ def test_real_clip_with_a_cut_becomes_tracks_that_do_not_pass_it(loose: Sam2) ->
 
 def test_some_labels_persist_from_chunk_to_chunk(loose: Sam2) -> None:
     frames_THWC = shapes(9)
-    (tracks_THW,) = loose.segment([as_clip(frames_THWC)])
+    tracks_THW = loose.segment(as_clip(frames_THWC))
     assert set(np.unique(tracks_THW[1])) & set(np.unique(tracks_THW[7])) - {0}
 
 
 def test_one_frame_becomes_tracks(loose: Sam2) -> None:
     frames_THWC = shapes(1)
-    (tracks_THW,) = loose.segment([as_clip(frames_THWC)])
+    tracks_THW = loose.segment(as_clip(frames_THWC))
     check_tracks(tracks_THW, frames_THWC, 4)
     assert tracks_THW.any()
 
@@ -263,29 +263,29 @@ def test_one_frame_becomes_tracks(loose: Sam2) -> None:
 def test_padding_repeats_the_tracks_of_the_last_real_frame(loose: Sam2) -> None:
     frames_THWC = shapes(8)
     padded_THWC = np.concatenate([frames_THWC[:5], np.repeat(frames_THWC[4:5], 3, axis=0)])
-    (tracks_THW,), (real_THW,) = loose.segment([as_clip(padded_THWC, 5)]), loose.segment([as_clip(frames_THWC[:5])])
+    tracks_THW, real_THW = loose.segment(as_clip(padded_THWC, 5)), loose.segment(as_clip(frames_THWC[:5]))
     assert (tracks_THW[:5] == real_THW).all()
     assert (tracks_THW[5:] == real_THW[4]).all()
 
 
 def test_same_clip_gives_the_same_tracks_alone_and_among_others(checkpoint: str, loose: Sam2) -> None:
     one, other = as_clip(shapes(5)), as_clip(still(3, (20, 30)))
-    first = loose.segment([one])
-    again = segmenter(checkpoint, max_objects=4).segment([other, one])
-    assert (np.asarray(first[0]) == np.asarray(again[1])).all()
+    first, later = loose.segment(one), segmenter(checkpoint, max_objects=4)
+    later.segment(other)
+    assert (later.segment(one) == first).all()
 
 
 def test_frames_may_be_read_only_and_lie_backwards_in_memory(loose: Sam2) -> None:
     frames_THWC = np.ascontiguousarray(shapes(2)[:, ::-1, ::-1])[:, ::-1, ::-1]
     frames_THWC.flags.writeable = False
-    (tracks_THW,), (plain_THW,) = loose.segment([as_clip(frames_THWC)]), loose.segment([as_clip(shapes(2))])
+    tracks_THW, plain_THW = loose.segment(as_clip(frames_THWC)), loose.segment(as_clip(shapes(2)))
     assert (np.asarray(tracks_THW) == np.asarray(plain_THW)).all()
 
 
 def test_images_can_be_seen_at_another_size(checkpoint: str) -> None:
     frames_THWC = shapes(3)
     one = segmenter(checkpoint, image_size=128, max_objects=4)
-    (tracks_THW,) = one.segment([as_clip(frames_THWC)])
+    tracks_THW = one.segment(as_clip(frames_THWC))
     check_tracks(tracks_THW, frames_THWC, 4)
     assert tracks_THW.any()
     assert one.spec.options["image_size"] == 128
@@ -294,14 +294,14 @@ def test_images_can_be_seen_at_another_size(checkpoint: str) -> None:
 def test_bfloat16_arithmetic_gives_tracks(checkpoint: str) -> None:
     frames_THWC = shapes(5)
     one = segmenter(checkpoint, "bfloat16", max_objects=4)
-    (tracks_THW,) = one.segment([as_clip(frames_THWC)])
+    tracks_THW = one.segment(as_clip(frames_THWC))
     check_tracks(tracks_THW, frames_THWC, 4)
     assert tracks_THW.any()
     assert one.spec.dtype == "bfloat16"
 
 
 def test_weights_stored_in_bfloat16_load(tmp_path: Path) -> None:
-    (tracks_THW,) = segmenter(save(tmp_path, torch.bfloat16), max_objects=4).segment([as_clip(shapes(3))])
+    tracks_THW = segmenter(save(tmp_path, torch.bfloat16), max_objects=4).segment(as_clip(shapes(3)))
     assert tracks_THW.any()
 
 
@@ -321,7 +321,7 @@ def test_picture_of_a_frame_is_computed_once(checkpoint: str, monkeypatch: pytes
     model: Any = one._model
     compute = model.get_image_features
     monkeypatch.setattr(model, "get_image_features", lambda *a, **k: (calls.append(1), compute(*a, **k))[1])
-    one.segment([as_clip(shapes(9))])
+    one.segment(as_clip(shapes(9)))
     assert len(calls) == 9
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tokenmill.pipeline.segment import FakeSegmenter, MaskMaker, masks_of
+from tokenmill.pipeline.segment import FakeSegmenter, MaskMaker, SegmentedClip, masks_of
 from tokenmill.schemas.clip import Clip, ClipFailure, ClipFrames, Sampling, Video
 from tokenmill.schemas.masks import MOST_IDS, ClipMasks, SegmenterSpec
 
@@ -93,29 +93,21 @@ def frames_of(num_clips: int) -> list[ClipFrames]:
 
 
 class Picky(FakeSegmenter):
-    """Fails the clip of an id, and remembers how many it was given at once."""
+    """Fails the clip of an id."""
 
     spec = SegmenterSpec(name="picky")
 
-    def __init__(self) -> None:
-        self.sizes: list[int] = []
-
-    def segment(self, clips):
-        self.sizes.append(len(clips))
-        made = super().segment(clips)
+    def segment(self, one: ClipFrames) -> np.ndarray | ClipFailure:
         failure = ClipFailure(clip_id=f"{1:032x}", step="segment", reason="picky")
-        return [
-            failure if one.clip.clip_id == failure.clip_id else tracks for one, tracks in zip(clips, made, strict=True)
-        ]
+        return failure if one.clip.clip_id == failure.clip_id else super().segment(one)
 
 
-def test_clips_are_segmented_together_and_one_may_fail() -> None:
-    segmenter = Picky()
-    maker = MaskMaker(segmenter=segmenter, sampling=SAMPLING, max_trajectories=128)
-    made = maker.make(frames_of(3))
-    assert segmenter.sizes == [3]
-    assert maker.make([]) == []
-    assert isinstance(made[1], ClipFailure)
-    assert [one.masks.graph_MT.shape for one in (made[0], made[2])] == [(2, 4), (2, 4)]
-    assert made[0].masks.num_valid == 3
-    np.testing.assert_array_equal(made[0].first.tracks_hw, made[0].masks.tracks_THW[0])
+def test_a_clip_has_masks_with_its_first_and_last_real_frames_or_a_failure() -> None:
+    maker = MaskMaker(segmenter=Picky(), sampling=SAMPLING, max_trajectories=128)
+    first, second = (maker.make(one) for one in frames_of(2))
+    assert isinstance(second, ClipFailure)
+    assert isinstance(first, SegmentedClip)
+    assert first.masks.graph_MT.shape == (2, 4)
+    assert first.masks.num_valid == 3
+    np.testing.assert_array_equal(first.first.tracks_hw, first.masks.tracks_THW[0])
+    np.testing.assert_array_equal(first.last.tracks_hw, first.masks.tracks_THW[2])

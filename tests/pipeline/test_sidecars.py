@@ -76,13 +76,13 @@ def clip_of(uri: str, numbers: tuple[int, ...] = (0, 3, 7, 11), wanted: Sampling
 
 
 def segmented(clip: ClipFrames, wanted: Sampling | None = None, **options: Any) -> np.ndarray:
-    (found,) = Sidecars(SidecarsOptions(**options), wanted or sampling()).segment([clip])
+    found = Sidecars(SidecarsOptions(**options), wanted or sampling()).segment(clip)
     assert isinstance(found, np.ndarray), found.reason
     return found
 
 
 def refused(uri: str, *, numbers: tuple[int, ...] = (0, 3, 7, 11), **options: Any) -> str:
-    (found,) = Sidecars(SidecarsOptions(**options), sampling()).segment([clip_of(uri, numbers)])
+    found = Sidecars(SidecarsOptions(**options), sampling()).segment(clip_of(uri, numbers))
     assert isinstance(found, ClipFailure)
     assert (found.clip_id, found.step, found.status) == ("c0", "segment", "failed")
     assert "\n" not in found.reason
@@ -107,7 +107,8 @@ def test_clips_of_several_videos_may_come_in_turns(tmp_path: Path) -> None:
     for name in "abcdef":
         npz_of(tmp_path, name)
         clips.append(clip_of(labelled_video(tmp_path, name)))
-    for found in Sidecars(SidecarsOptions(), sampling()).segment([*clips, *clips]):
+    sidecars = Sidecars(SidecarsOptions(), sampling())
+    for found in [sidecars.segment(clip) for clip in (*clips, *clips)]:
         np.testing.assert_array_equal(found, tracks()[[0, 3, 7, 11]])  # pyright: ignore
 
 
@@ -395,10 +396,10 @@ def test_a_store_out_of_reach_ends_the_job(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(type(store), "get_file", broken)
     with pytest.raises(SourceError, match="no answer"):
-        Sidecars(SidecarsOptions(), sampling()).segment([clip_of("memory://nowhere/a.mp4")])
+        Sidecars(SidecarsOptions(), sampling()).segment(clip_of("memory://nowhere/a.mp4"))
     elsewhere, clip = SidecarsOptions(folder="memory://nowhere"), clip_of(labelled_video(tmp_path))
     with pytest.raises(SourceError, match="no answer"):
-        Sidecars(elsewhere, sampling()).segment([clip])
+        Sidecars(elsewhere, sampling()).segment(clip)
 
 
 def test_options_are_told_apart_and_are_part_of_the_spec() -> None:

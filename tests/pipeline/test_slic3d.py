@@ -25,7 +25,7 @@ def decoded(frames_THWC: np.ndarray, num_valid: int | None = None) -> ClipFrames
 
 
 def tracks_of(frames_THWC: np.ndarray, num_valid: int | None = None, **options: float) -> np.ndarray:
-    return Slic3d(Slic3dOptions.model_validate(options)).segment([decoded(frames_THWC, num_valid)])[0]
+    return Slic3d(Slic3dOptions.model_validate(options)).segment(decoded(frames_THWC, num_valid))
 
 
 def scene(num_frames: int, side: int, seed: int, noise: float = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -111,8 +111,9 @@ def test_two_halves_are_two_trajectories_with_the_border_where_it_is():
 def test_a_clip_has_the_same_tracks_alone_and_among_others():
     (one, _), (other, _) = scene(5, 48, 0), scene(5, 48, 1)
     segmenter = Slic3d(Slic3dOptions())
-    together = segmenter.segment([decoded(other), decoded(one)])
-    np.testing.assert_array_equal(together[1], segmenter.segment([decoded(one)])[0])
+    alone = segmenter.segment(decoded(one))
+    segmenter.segment(decoded(other))
+    np.testing.assert_array_equal(segmenter.segment(decoded(one)), alone)
 
 
 def test_tracks_are_the_same_bytes_every_time_and_for_any_number_of_threads():
