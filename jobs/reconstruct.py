@@ -55,12 +55,9 @@ def show_masks(
 
 def tracks_of(cache: TokenCache, name: str, clip_id: str) -> tuple[str, np.ndarray, list[str]]:
     """The product called `name`, the tracks (T,h,w) of the clip's real frames, and the name of each trajectory."""
-    if name in segmented_products(cache):
-        product = name
-    elif f"{TOKENS}{name}" in segmented_products(cache):
-        product = f"{TOKENS}{name}"
-    else:
-        product = cache.masks_product(name)
+    known = segmented_products(cache)
+    named = [one for one in (name, f"{MASKS}{name}", f"{TOKENS}{name}") if one in known]
+    product = named[0] if named else cache.masks_product(name)
     tracks_THW = clip_tracks(cache, product, clip_id)
     if product.startswith(MASKS):
         return product, tracks_THW, trajectory_ids_of(cache, product, [clip_id])[clip_id]
@@ -83,7 +80,9 @@ def choose_product(cache: TokenCache, wanted: str | None) -> str:
     """The product asked for, or the only one; CacheError where there are several."""
     if wanted:
         return cache.product(wanted)
-    products = cache.token_products
+    products = cache.grid_products if cache.token_products else []
+    if not products:
+        raise CacheError(f"{cache.folder.url}: no tokens that decode to frames: give --masks NAME")
     if len(products) != 1:
         raise CacheError(f"{cache.folder.url}: give --product, one of {', '.join(products)}")
     return products[0]

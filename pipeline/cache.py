@@ -122,6 +122,11 @@ class TokenCache:
         for product in (name, f"{kind}{name}"):
             if product in products:
                 return product
+        if name in self.info.products:
+            raise CacheError(
+                f"{self.folder.url}: {name} is no product of {kind.rstrip('/')}: read gives grids and embeddings,"
+                f" read_trajectories tokens of trajectories, read_masks masks"
+            )
         known = [product.removeprefix(kind) for product in products]
         raise CacheError(
             f"{self.folder.url}: no product {kind}{name.removeprefix(kind)}{did_you_mean(name, known)};"
@@ -239,7 +244,7 @@ class TokenCache:
             except duckdb.Error as error:
                 reason = " ".join(str(error).partition("\n")[0].split())
                 raise CacheError(
-                    f"{self.folder.url}: a token file cannot be read ({reason}): tokenmill verify names what is damaged"
+                    f"{self.folder.url}: a data file cannot be read ({reason}): tokenmill verify names what is damaged"
                 ) from None
             self._connection = connection
         return self._connection

@@ -101,9 +101,9 @@ def _stored(row: MaskRow) -> dict[str, Any]:
 def trajectories_of(row: MaskRow) -> list[dict[str, Any]]:
     """What SQL knows of each trajectory of a clip, of its real frames alone, as `schemas.tables.TRAJECTORY_TYPE`.
 
-    It begins when its first frame is shown and ends when the frame after its last one is, or the clip ends.
+    It begins when its first frame is shown and ends when another frame than its last one is, or the clip ends.
     """
-    edges_s = [*row.clip["frame_pts_s"], row.clip["end_s"]]
+    times_s = [*row.clip["frame_pts_s"], row.clip["end_s"]]
     found = []
     for trajectory_id, areas_T in zip(row.trajectory_ids, row.masks.areas_MT, strict=True):
         frames = areas_T.nonzero()[0]
@@ -114,8 +114,8 @@ def trajectories_of(row: MaskRow) -> list[dict[str, Any]]:
                 "first_frame": int(frames[0]),
                 "last_frame": int(frames[-1]),
                 "num_frames": len(frames),
-                "start_s": edges_s[frames[0]],
-                "end_s": edges_s[frames[-1] + 1],
+                "start_s": times_s[frames[0]],
+                "end_s": next((later for later in times_s if later > times_s[frames[-1]]), times_s[-1]),
             }
         )
     return found

@@ -177,7 +177,8 @@ def find_sidecar(uri: str, shape: VideoShape, options: SidecarsOptions) -> Track
                 beside = "".join(f" with {posixpath.basename(name)}" for name in names[1:])
                 raise SourceError(f"{names[0]}{beside}: {_said(error)}") from None
     sought = ", ".join(posixpath.basename(name) for name in dict.fromkeys(tried))
-    raise SourceError(f"{uri}: no masks beside it: sought {sought}")
+    where = "beside it" if options.folder is None else f"in {options.folder}"
+    raise SourceError(f"{uri}: no masks {where}: sought {sought}")
 
 
 def _bases(uri: str, folder: str | None) -> Iterator[str]:
@@ -242,7 +243,10 @@ def _read_video(shape: VideoShape, masks: bytes, graph: bytes) -> TracksOf:
 
 
 def _read_image(shape: VideoShape, masks: bytes) -> TracksOf:
-    return _still(_array(masks, "arr_0", "HW"), shape)
+    try:
+        return _still(_array(masks, "arr_0", "HW"), shape)
+    except ValueError as error:
+        raise ValueError(f"{error}; masks of a video need a graph (<base>_graph.npz) beside them") from None
 
 
 def _read_sav(shape: VideoShape, instances: bytes) -> TracksOf:
@@ -285,7 +289,8 @@ def _array(data: bytes, key: str, axes: str) -> np.ndarray:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             array, found = (arrays[key], "") if key in arrays else (None, ", ".join(arrays))
     except Exception as error:  # numpy lets through whatever zip files, zlib and tokenizers of Python raise
-        raise ValueError(f"not an npz file, or damaged ({said_by(error)})") from None
+        said = "" if "pickle" in str(error) else f" ({said_by(error)})"  # numpy takes any other file for a pickle
+        raise ValueError(f"not an npz file, or damaged{said}") from None
     if array is None:
         raise ValueError(f"no array {key!r}, found {found}")
     if array.ndim != len(axes) or (not array.size and "M" not in axes):
@@ -312,6 +317,8 @@ def _said(error: Exception) -> str:
     """What is wrong with a file, in one line; libraries may quote all of it."""
     said = said_by(error)
     text = said if len(said) <= LONGEST_REASON else f"{said[:LONGEST_REASON]}..."
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({text})"
     if isinstance(error, LookupError | TypeError | AttributeError):
         return f"not of this layout ({type(error).__name__}: {text})"
     return text

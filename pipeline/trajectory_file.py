@@ -166,9 +166,14 @@ class TrajectoryFile:
 
     def _open(self, group: int, *, verify: bool) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
         """Small columns of a row group, the end of each row's tokens, and all its tokens (n, width)."""
-        rows = self._parquet.read_row_group(
-            group, columns=TRAJECTORY_TOKENS_SCHEMA.names, use_threads=False
-        ).to_pylist()
+        try:
+            columns = TRAJECTORY_TOKENS_SCHEMA.names
+            rows = self._parquet.read_row_group(group, columns=columns, use_threads=False).to_pylist()
+        except (OSError, pa.ArrowException) as error:
+            raise CacheError(
+                f"{self._name}: row group {group} is damaged ({error}): tokenmill verify lists what is damaged; delete"
+                f" the file's manifest and run the recipe again"
+            ) from None
         ends_N = np.cumsum([row["num_tokens"] for row in rows])
         offset, width = self._offsets[group], self.layout.widths[LOW]
         if offset is None:

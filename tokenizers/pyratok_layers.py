@@ -1,7 +1,8 @@
 """The blocks of the causal VAE below PyraTok (of the kind of Wan 2.1), on frames that lie as VidTok's do.
 
-That is (time, batch, rows, columns, channels), a few frames at a time where a `Memory` keeps what layers need of earlier
-ones. Before the first frame convolutions over time see zeros. Keys and shapes are those of diffusers' state dict.
+That is (time, batch, rows, columns, channels), a few frames at a time where a `Memory` keeps what layers need of
+earlier ones. Before the first frame convolutions over time see zeros. Keys and shapes are those of diffusers' state
+dict.
 """
 
 import torch
@@ -21,8 +22,9 @@ class LengthNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *(1,) * ndim))
 
     def forward(self, x_TBHWC: torch.Tensor) -> torch.Tensor:
-        length_TBHW1 = torch.linalg.vector_norm(x_TBHWC, dim=-1, keepdim=True).clamp_min(NORM_EPS)
-        return (x_TBHWC * (len(self.gamma) ** 0.5 / length_TBHW1)).mul_(self.gamma.flatten())
+        least = max(NORM_EPS, torch.finfo(x_TBHWC.dtype).tiny)
+        length_TBHW1 = torch.linalg.vector_norm(x_TBHWC, dim=-1, keepdim=True).clamp_min(least)
+        return (x_TBHWC / length_TBHW1).mul_(self.gamma.flatten() * len(self.gamma) ** 0.5)
 
 
 class PixelProduct(nn.Module):
@@ -46,7 +48,7 @@ class CausalConv(TimeConv):
         super().__init__(c_in, c_out, (3, 3, 3), "zeros")
 
 
-class FrameConv(CausalConv):
+class NarrowConv(CausalConv):
     """The same for few input channels, which are laid side by side: one product in place of three narrow ones."""
 
     def forward(self, x_TBHWC: torch.Tensor, memory: Memory | None) -> torch.Tensor:

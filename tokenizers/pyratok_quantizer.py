@@ -5,7 +5,7 @@ switches it off with a scale of 0, and then the stages are one uniform quantizer
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -167,9 +167,7 @@ class ResidualSignQuantizer(nn.Module):
             loss = loss + self.entropy_weight * entropy_loss(y_BNC, self.inv_temperature)
         return loss
 
-    def _check(
-        self, z_BCthw: torch.Tensor, text_BLE: torch.Tensor | None, mask_BL: torch.Tensor | None
-    ) -> None:
+    def _check(self, z_BCthw: torch.Tensor, text_BLE: torch.Tensor | None, mask_BL: torch.Tensor | None) -> None:
         shape = tuple(z_BCthw.shape)
         if len(shape) != 5 or shape[1] != self.num_bits or 0 in shape:
             raise ValueError(f"latents are (B,{self.num_bits},t,h,w), none of them 0: {shape=}")
@@ -198,3 +196,41 @@ class ResidualSignQuantizer(nn.Module):
                 f"ids of PyraTok are from 0 to {(1 << self.num_bits) - 1}, found {low} to {high}:"
                 f" decode with the quantizer that made them"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentStatistics:
+    """Mean and deviation of each channel of latents, which bring them to the range of a quantizer."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, tuple(map(float, getattr(self, item.name))))
+        if len(self.mean) != len(self.std) or not self.mean or not min(self.std) > 0:
+            raise ValueError(f"as many means as deviations, which are above 0: {self}")
+
+    def normalized(self, z_BCthw: torch.Tensor) -> torch.Tensor:
+        """Latents (B,C,t,h,w) less their mean, in deviations."""
+        return (z_BCthw - self._of(self.mean, z_BCthw)) / self._of(self.std, z_BCthw)
+
+    def restored(self, z_BCthw: torch.Tensor) -> torch.Tensor:
+        """Latents as the decoder takes them, of normalized ones."""
+        return z_BCthw * self._of(self.std, z_BCthw) + self._of(self.mean, z_BCthw)
+
+    def _of(self, values: tuple[float, ...], z_BCthw: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(values, dtype=z_BCthw.dtype, device=z_BCthw.device).view(-1, 1, 1, 1)
+
+
+# Of Wan 2.1, as its published config names them.
+WAN_STATISTICS = LatentStatistics(
+    mean=(
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    ),
+    std=(
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    ),
+)  # fmt: skip

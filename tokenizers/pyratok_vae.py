@@ -5,14 +5,14 @@ go through in these groups, which change nothing but rounding.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .pyratok_layers import CausalConv, Down, FrameConv, LengthNorm, Middle, PixelProduct, ResidualBlock, Up
+from .pyratok_layers import CausalConv, Down, LengthNorm, Middle, NarrowConv, PixelProduct, ResidualBlock, Up
 from .vidtok_layers import Memory
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -57,7 +57,7 @@ class Encoder(nn.Module):
 
     def __init__(self, sizes: VaeSizes) -> None:
         super().__init__()
-        self.conv_in = FrameConv(3, sizes.base_dim)
+        self.conv_in = NarrowConv(3, sizes.base_dim)
         blocks: list[nn.Module] = []
         for level, (before, width) in enumerate(pairwise(sizes.widths)):
             blocks += [ResidualBlock(width if i else before, width) for i in range(sizes.num_res_blocks)]
@@ -224,7 +224,7 @@ class EncoderStream:
 
     def finish(self) -> list[Encoded]:
         """What is left, its last frame repeated until the group is complete. The stream then begins anew."""
-        left, memory = self._waiting_TBHWC, self._memory
+        left, memory = self._waiting_TBHWC, self._memory if self._in_groups else None
         if left is None:
             raise ValueError("a clip has one frame or more: push some before the end")
         missing = (self._wanted - len(left)) % self._vae.sizes.stride_thw[0] if len(left) else 0
@@ -243,41 +243,3 @@ class EncoderStream:
             self._wanted = self._vae.sizes.stride_thw[0]
         self._waiting_TBHWC = waiting
         return done
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LatentStatistics:
-    """Mean and deviation of each channel of latents, which bring them to the range of a quantizer."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            object.__setattr__(self, item.name, tuple(map(float, getattr(self, item.name))))
-        if len(self.mean) != len(self.std) or not self.mean or not min(self.std) > 0:
-            raise ValueError(f"as many means as deviations, which are above 0: {self}")
-
-    def normalized(self, z_BCthw: torch.Tensor) -> torch.Tensor:
-        """Latents (B,C,t,h,w) less their mean, in deviations."""
-        return (z_BCthw - self._of(self.mean, z_BCthw)) / self._of(self.std, z_BCthw)
-
-    def restored(self, z_BCthw: torch.Tensor) -> torch.Tensor:
-        """Latents as the decoder takes them, of normalized ones."""
-        return z_BCthw * self._of(self.std, z_BCthw) + self._of(self.mean, z_BCthw)
-
-    def _of(self, values: tuple[float, ...], z_BCthw: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=z_BCthw.dtype, device=z_BCthw.device).view(-1, 1, 1, 1)
-
-
-# Of Wan 2.1, as its published config names them.
-WAN_STATISTICS = LatentStatistics(
-    mean=(
-        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
-    ),
-    std=(
-        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
-    ),
-)  # fmt: skip

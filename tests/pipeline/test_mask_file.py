@@ -55,6 +55,8 @@ def test_trajectories_last_until_the_next_frame_is_shown(tmp_path: Path) -> None
         "trajectory_id": "x", "area": 62, "first_frame": 1, "last_frame": 2, "num_frames": 2,
         "start_s": 0.5, "end_s": 1.25,
     }  # fmt: skip
+    again = MaskRow(clip=row.clip | {"frame_pts_s": (0.0, 0.5, 0.5)}, masks=row.masks, trajectory_ids=["x", "y"])
+    assert [one["end_s"] for one in trajectories_of(again)] == [1.25, 1.25]  # a frame that is taken twice
     assert (second["num_frames"], second["area"], second["start_s"], second["end_s"]) == (2, 32, 0.0, 1.25)
     table = duckdb.sql(f"select unnest(trajectories, recursive := true) from '{written(tmp_path, [row])}'").fetchall()
     assert table[0] == tuple(first.values())

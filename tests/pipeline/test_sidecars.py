@@ -305,7 +305,7 @@ MASKS = np.ones((NUM_FRAMES, HEIGHT, WIDTH), np.uint8)
 GRAPH = np.ones((1, NUM_FRAMES), np.int64)
 DAMAGED = b"""{"size": [2, 2], "counts": "1"}"""
 GOOD_GRAPH = {"a_graph.npz": saved(tensor=GRAPH)}
-NO_NPZ = "a_mask.npz with a_graph.npz: not an npz file, or damaged ("
+NO_NPZ = "a_mask.npz with a_graph.npz: not an npz file, or damaged"
 BROKEN: dict[str, tuple[dict[str, bytes], str]] = {
     "nothing": ({}, "a.mp4: no masks beside it: sought a_mask.npz, a_graph.npz, a_instances.json, a.json"),
     "no graph": ({"a_mask.npz": saved(arr_0=MASKS)}, "arr_0 has the shape (12, 48, 80), accepted is (H,W)"),
@@ -322,7 +322,7 @@ BROKEN: dict[str, tuple[dict[str, bytes], str]] = {
     "garbage": ({"a_mask.npz": b"garbage", **GOOD_GRAPH}, NO_NPZ),
     "empty": ({"a_mask.npz": b"", **GOOD_GRAPH}, NO_NPZ),
     "cut": ({"a_mask.npz": saved(arr_0=MASKS)[:-99], **GOOD_GRAPH}, NO_NPZ),
-    "no JSON": ({"a_instances.json": b"{"}, "a_instances.json: Expecting"),
+    "no JSON": ({"a_instances.json": b"{"}, "a_instances.json: not JSON (Expecting"),
     "list": ({"a_instances.json": b"[]"}, "a_instances.json: not of this layout"),
     "no frames": ({"a_instances.json": b'{"0": {}}'}, "a_instances.json: not of this layout (KeyError"),
     "late": (
