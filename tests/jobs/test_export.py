@@ -182,7 +182,7 @@ def test_a_cache_may_have_its_tokens_in_tars_only(
         open_cache("cache").read("fake", ["0" * 32])
     refused = tokenmill("export", "webdataset", "cache", "out")
     assert (refused.code, refused.err.count("\n")) == (1, 1)
-    assert "it has no tokens as Parquet to export, but tars" in refused.err
+    assert "it has no tokens as Parquet to export: tars can be read as they are" in refused.err
 
 
 def test_tars_are_added_to_a_cache_of_token_files_and_the_other_way_round(
