@@ -21,11 +21,6 @@ def tokens_product(name: str) -> str:
     return f"{TOKENS}{name}"
 
 
-def embeddings_product(name: str) -> str:
-    """What the tokenizer of `tokens.<name>` makes beside its tokens, where it is asked to embed clips."""
-    return f"{EMBEDDINGS}{name}"
-
-
 def masks_product(name: str) -> str:
     """The product that the recipe's section `masks.<name>` makes."""
     return f"{MASKS}{name}"
