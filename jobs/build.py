@@ -164,7 +164,8 @@ def cache_info(recipe: Recipe, worker: Worker) -> CacheInfo:
             entry = replace(entry, section=sections[TOKENS[:-1]][name], shape=(encoder.embedding.dim,))
         elif encoder:
             tokenizer = _plain(encoder.tokenizer.spec)
-            entry = replace(entry, section=sections[kind][name], tokenizer=tokenizer, shape=encoder.layout.shape)
+            shape, levels = encoder.layout.shape, encoder.layout.levels
+            entry = replace(entry, section=sections[kind][name], tokenizer=tokenizer, shape=shape, levels=levels)
         products[product] = entry
     return CacheInfo(recipe=values, products=products)
 

@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 from rich.filesize import decimal
 
@@ -100,7 +99,7 @@ def _make_sample(
     assert isinstance(receipt, ShardReceipt)
     num_made = max(1, receipt.manifests[0].num_rows)
     tokens = {
-        product: int(np.prod(encoder.layout.shape[:3]))
+        product: encoder.layout.num_tokens
         for product, encoder in worker.encoders.items()
         if not encoder.has_trajectories
     }

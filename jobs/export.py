@@ -106,7 +106,7 @@ def _tar_product(entry: ProductInfo) -> TarProduct:
     size = tokenizer["codebook_size"]
     stored = (entry.section or {}).get("stored_dtype") or tokenizer["dtype"]
     dtype = stored if size is None else "uint16"
-    layout = TokenLayout(dtype=dtype, shape=tuple(entry.shape), codebook_size=size)
+    layout = TokenLayout(dtype=dtype, shape=entry.shape, codebook_size=size, levels=entry.levels)
     return TarProduct(tokenizer=tokenizer["name"], layout=layout)
 
 

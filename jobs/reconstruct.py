@@ -15,22 +15,31 @@ from ..pipeline.storage import written_aside
 from ..schemas.clip import Clip, ClipFailure, Video
 from ..schemas.errors import CacheError, DecodeError
 from ..schemas.shard import MASKS, TOKENS
-from ..tokenizers.base import TrajectoryTokenizer
+from ..tokenizers.base import LevelTokenizer, TrajectoryTokenizer
 from .build import build_encoder, build_frame_decoder, recipe_of
 from .export import trajectory_ids_of
 from .mask_quality import clip_tracks, segmented_products
 
 
 def reconstruct_clip(
-    cache: str, clip_id: str, output: str, product: str | None, *, png: str | None, snapshot: int | None = None
+    cache: str,
+    clip_id: str,
+    output: str,
+    product: str | None,
+    *,
+    levels: int | None = None,
+    png: str | None,
+    snapshot: int | None = None,
 ) -> None:
-    """Write a clip's source and reconstruction side by side to `output`, and a contact sheet to `png`."""
+    """Write a clip's source and reconstruction (from the first `levels` alone) side by side to `output`, and a contact
+    sheet to `png`.
+    """
     opened = open_cache(cache, snapshot)
     full_id = opened.clip_id(clip_id)
     name = choose_product(opened, product)
     encoder = build_encoder(recipe_of(opened.info), name.removeprefix("tokens/"))
     check_tokenizer(opened, name, encoder)
-    decoded_THWC = decode_tokens(opened, name, full_id, encoder)
+    decoded_THWC = decode_tokens(opened, name, full_id, encoder, levels=levels)
     clip, source_THWC = source_of(opened, full_id)
     source_THWC = source_THWC[: len(decoded_THWC)]
     _show(clip, source_THWC, decoded_THWC, name, output, png)
@@ -99,16 +108,23 @@ def check_tokenizer(cache: TokenCache, product: str, encoder: BatchEncoder) -> N
         )
 
 
-def decode_tokens(cache: TokenCache, product: str, clip_id: str, encoder: BatchEncoder) -> np.ndarray:
-    """The real frames (T,H,W,3) uint8 of a clip, from its tokens alone, by the tokenizer that made them."""
+def decode_tokens(
+    cache: TokenCache, product: str, clip_id: str, encoder: BatchEncoder, *, levels: int | None = None
+) -> np.ndarray:
+    """The real frames (T,H,W,3) uint8 of a clip, from its tokens alone, by the tokenizer that made them.
+
+    Codes that come in levels may be those of the first `levels` alone.
+    """
     tokenizer = encoder.tokenizer
     if isinstance(tokenizer, TrajectoryTokenizer):
         raise CacheError(f"{product}: tokens of trajectories do not decode to frames: reconstruct --masks shows them")
-    grid = cache.grid(product, clip_id)
+    num_valid, num_frames = cache.num_valid(clip_id), encoder.sampling.num_frames
     with torch.inference_mode():
-        tokens = torch.from_numpy(grid.values_thw).unsqueeze(0)
-        frames_BTHWC = tokenizer.decode(tokens, encoder.sampling.num_frames)
-    return frames_BTHWC[0, : grid.num_valid].cpu().numpy()
+        if isinstance(tokenizer, LevelTokenizer):
+            frames_BTHWC = tokenizer.decode(cache.read_levels(product, [clip_id], levels=levels), num_frames)
+        else:
+            frames_BTHWC = tokenizer.decode(cache.read(product, [clip_id], levels=levels), num_frames)
+    return frames_BTHWC[0, :num_valid].cpu().numpy()
 
 
 def source_of(cache: TokenCache, clip_id: str) -> tuple[Clip, np.ndarray]:

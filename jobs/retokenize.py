@@ -16,7 +16,7 @@ from ..pipeline.shard import batches, segment, tokenize
 from ..pipeline.worker import Worker
 from ..schemas.clip import Clip, ClipFrames, FrameBatch
 from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS
-from ..tokenizers.base import TrajectoryTokenizer, VideoTokenizer
+from ..tokenizers.base import AnyTokenizer, TrajectoryTokenizer, joined_levels
 from .build import build_worker, recipe_of
 from .comparison import Comparison, TrackComparison, TrajectoryComparison
 
@@ -106,11 +106,12 @@ def sample_clips(cache: TokenCache, products: Sequence[str], fraction: float) ->
     return list(clips_of(rows.sort_by([("video_id", "ascending"), ("start_s", "ascending")])))
 
 
-def _margins_of(batch: FrameBatch, tokenizer: VideoTokenizer | TrajectoryTokenizer) -> torch.Tensor | None:
+def _margins_of(batch: FrameBatch, tokenizer: AnyTokenizer) -> torch.Tensor | None:
     if isinstance(tokenizer, TrajectoryTokenizer):
         return None
     with torch.inference_mode():
-        return tokenizer.margins(torch.from_numpy(batch.frames_BTHWC))
+        margins = tokenizer.margins(torch.from_numpy(batch.frames_BTHWC))
+    return None if margins is None else joined_levels(margins)
 
 
 def _comparison(worker: Worker, product: str) -> AnyComparison:

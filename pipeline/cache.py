@@ -1,5 +1,6 @@
 """Reading a cache: SQL over everything, tokens by clip."""
 
+import math
 import mmap
 import threading
 from collections import OrderedDict
@@ -64,7 +65,8 @@ class TokenCache:
         """The answer of a read-only query as an Arrow table; CacheError says what DuckDB has against it.
 
         Tables: videos, duplicates, clips, products, shards, failures, files, locations; views: tokens_<product>
-        with codes as lists, and tokens, all of them together. code_usage('<product>') counts every code.
+        with codes as lists, levels_<product> with those of each level, and tokens, all of them together.
+        code_usage('<product>') counts every code of every level, code_statistics('<product>') sums that up.
         """
         connection = self._connected()
         try:
@@ -143,16 +145,44 @@ class TokenCache:
             f'{self.folder.url}: {how_many} begins with {prefix!r}: tokenmill sql CACHE "select clip_id from clips"'
         )
 
-    def read(self, product: str, clip_ids: Sequence[str], *, verify: bool = True) -> torch.Tensor:
+    def read(
+        self, product: str, clip_ids: Sequence[str], *, levels: int | None = None, verify: bool = True
+    ) -> torch.Tensor:
         """The tokens of `clip_ids`, in their order: codes int32 (N,t,h,w) or latents (N,t,h,w,d).
 
+        Codes that come in levels are (N,t,h,w,L), or (N,n), one level after the other, where each has a grid of its
+        own; with `levels` those of the first few alone, and no other bytes are touched.
         Tokens are copied out of the memory-mapped files, checked against their digests on first touch unless
         `verify` is off. CacheError names clips that the product does not have.
         """
         is_embedding = product.startswith(EMBEDDINGS) and product in self.info.products
         product = product if is_embedding else self.grid_product(product)
+        if levels is not None:
+            self._check_levels(product, levels)
         places = self._locate(product, clip_ids)
-        return self.read_places(places["name"].to_pylist(), places["row_in_file"].to_numpy(), verify=verify)
+        names, rows = places["name"].to_pylist(), places["row_in_file"].to_numpy()
+        return self.read_places(names, rows, levels=levels, verify=verify)
+
+    def read_levels(
+        self, product: str, clip_ids: Sequence[str], *, levels: int | None = None, verify: bool = True
+    ) -> list[torch.Tensor]:
+        """The codes int32 (N,t,h,w) of every level, or of the first few, of `clip_ids`, in their order; as `read`."""
+        product = self.grid_product(product)
+        grids = self._check_levels(product, levels)
+        codes = self.read(product, clip_ids, levels=len(grids), verify=verify)
+        if codes.ndim == 5:
+            return list(codes.unbind(-1))
+        parts = codes.split([math.prod(grid) for grid in grids], dim=1)
+        return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
+
+    def _check_levels(self, product: str, count: int | None) -> tuple[tuple[int, ...], ...]:
+        """The grids of the first levels of a product, or of all; CacheError where it has not so many, or none."""
+        grids = self.info.products[product].levels
+        if not grids:
+            raise CacheError(f"{product}: its tokens do not come in levels: read it without levels")
+        if count is not None and not 1 <= count <= len(grids):
+            raise CacheError(f"{product}: {count} levels were asked for: it has 1 to {len(grids)}")
+        return grids[:count]
 
     def read_trajectories(
         self, product: str, clip_ids: Sequence[str], *, verify: bool = True
@@ -175,11 +205,16 @@ class TokenCache:
     def grid(self, product: str, clip_id: str) -> TokenGrid:
         """The token grid of one clip, with the number of its frames that are real; bfloat16 comes as float32."""
         tokens = self.read(product, [clip_id])[0]
-        num_valid = self._answer("select num_valid from clips where clip_id = ?", [clip_id])["num_valid"][0].as_py()
         values_thw = (tokens.float() if tokens.dtype == torch.bfloat16 else tokens).numpy()
-        return TokenGrid(values_thw=values_thw, num_valid=num_valid)
+        return TokenGrid(values_thw=values_thw, num_valid=self.num_valid(clip_id))
 
-    def read_places(self, names: Sequence[str], rows: np.ndarray, *, verify: bool = True) -> torch.Tensor:
+    def num_valid(self, clip_id: str) -> int:
+        """How many frames of a clip are real."""
+        return self._answer("select num_valid from clips where clip_id = ?", [clip_id])["num_valid"][0].as_py()
+
+    def read_places(
+        self, names: Sequence[str], rows: np.ndarray, *, levels: int | None = None, verify: bool = True
+    ) -> torch.Tensor:
         """Tokens by file name and row, in the order given: the quick way when the places are known."""
         if not len(names):
             raise CacheError("no clip was asked for: give at least one clip id")
@@ -190,8 +225,8 @@ class TokenCache:
         layout: TokenLayout | None = None
         for name, positions in by_file.items():
             file = self._token_files.get(name)
-            layout = file.layout
-            for column, plane in file.read_planes(rows[positions], verify=verify).items():
+            layout = file.layout if levels is None else file.layout.first_levels(levels)
+            for column, plane in file.read_planes(rows[positions], layout, verify=verify).items():
                 planes.setdefault(column, np.empty((len(names), plane.shape[1]), np.uint8))[positions] = plane
         assert layout is not None
         tokens = torch.from_numpy(from_planes(planes, layout))

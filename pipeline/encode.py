@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..schemas.clip import FrameBatch, Sampling
 from ..schemas.errors import TokenizerError
 from ..schemas.tokens import EmbeddingSpec, TrajectoryTokens
-from ..tokenizers.base import NO_CODE, TrajectoryBatch, TrajectoryTokenizer, VideoTokenizer
+from ..tokenizers.base import NO_CODE, AnyTokenizer, LevelTokenizer, TrajectoryBatch, TrajectoryTokenizer, joined_levels
 from .token_file import TokenLayout
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class BatchEncoder:
     black clips, and `batch_size` is part of the product's fingerprint.
     """
 
-    tokenizer: VideoTokenizer | TrajectoryTokenizer
+    tokenizer: AnyTokenizer
     batch_size: int
     sampling: Sampling
     stored_dtype: str | None = None
@@ -47,6 +47,9 @@ class BatchEncoder:
         `stored_dtype`.
         """
         spec, s = self.tokenizer.spec, self.sampling
+        if isinstance(self.tokenizer, LevelTokenizer):
+            grids = self.tokenizer.level_grids(s.num_frames, s.height, s.width)
+            return TokenLayout.of_levels(grids, spec.codebook_size or 0)
         grid_thw = self.tokenizer.grid_shape(s.num_frames, s.height, s.width)
         if spec.kind == "discrete":
             return TokenLayout(dtype="uint16", shape=grid_thw, codebook_size=spec.codebook_size)
@@ -78,7 +81,7 @@ class BatchEncoder:
             filled = torch.cat((filled, filled.new_zeros((shape - num_clips, *filled.shape[1:]))))
         try:
             made = self.tokenizer.encode(filled)
-            tensors = _tensors_of(made) if isinstance(made, TrajectoryBatch) else {VALUES: made}
+            tensors = _tensors_of(made) if isinstance(made, TrajectoryBatch) else {VALUES: joined_levels(made)}
             return {name: tensor[:num_clips] for name, tensor in tensors.items()}
         except torch.OutOfMemoryError:
             half = shape // 2
@@ -136,7 +139,8 @@ class EncodedBatch:
         """How many tokens the clips have together; those of trajectories are waited for."""
         if self._trajectories is not None or "valid" in self._tensors:
             return sum(len(clip.values_Nd) for clip in self.trajectories())
-        return math.prod(self._tensors[VALUES].shape[:4])
+        values = self._tensors[VALUES]
+        return math.prod(values.shape[:4]) if values.is_floating_point() else values.numel()
 
     def wait(self) -> Tensors:
         """The tensors, on the CPU, tokens as `VALUES`; TokenizerError where the arithmetic has left the numbers."""
@@ -190,7 +194,7 @@ def bits_of(tokens: torch.Tensor) -> np.ndarray:
     return (tokens.view(torch.int16) if tokens.dtype == torch.bfloat16 else tokens).numpy()
 
 
-def largest_batch(tokenizer: VideoTokenizer | TrajectoryTokenizer, sampling: Sampling) -> int:
+def largest_batch(tokenizer: AnyTokenizer, sampling: Sampling) -> int:
     """The largest power of two of clips that are encoded in at most half of the free memory of the device."""
     if not tokenizer.is_batched:
         return USUAL_BATCH

@@ -1,5 +1,6 @@
 """The tables of the index that come from manifests and plans: their columns, and the rows of each."""
 
+import json
 from dataclasses import asdict
 
 import pyarrow as pa
@@ -64,6 +65,8 @@ PRODUCT_SCHEMA = pa.schema(
         pa.field("codebook_size", pa.int64()),
         pa.field("dtype", pa.string()),
         pa.field("shape", pa.list_(pa.int32())),
+        pa.field("levels", pa.list_(pa.list_(pa.int32()))),
+        pa.field("options", pa.string()),
     ]
 )
 
@@ -87,6 +90,7 @@ def failed_rows(account: ProductAccount) -> list[dict]:
 def product_row(name: str, entry: ProductInfo) -> dict:
     """One product (PRODUCT_SCHEMA)."""
     tokenizer = entry.tokenizer or {}
+    options = (entry.tokenizer or entry.segmenter or {}).get("options")
     return {
         "product": name,
         "fingerprint": entry.fingerprint,
@@ -96,6 +100,8 @@ def product_row(name: str, entry: ProductInfo) -> dict:
         "codebook_size": tokenizer.get("codebook_size"),
         "dtype": tokenizer.get("dtype"),
         "shape": list(entry.shape),
+        "levels": [list(grid) for grid in entry.levels] or None,
+        "options": json.dumps(options, sort_keys=True) if options else None,
     }
 
 

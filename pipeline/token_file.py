@@ -9,7 +9,7 @@ import json
 import mmap
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ LAYOUT = b"tokenmill.layout"
 FINGERPRINT = b"tokenmill.fingerprint"
 CHECKSUMS = b"tokenmill.crc32"
 LOW, HIGH = "tokens", "tokens_high"
+LEVEL = "level_"  # and its number from 1: the column of a level's codes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,16 +34,42 @@ class TokenLayout:
 
     `dtype` is ``uint16`` for codes, ``float32``, ``float16`` or ``bfloat16`` for latents, always little-endian.
     Codebooks of more than 65,536 codes keep the bits above 16 in a second column, `high_bits` to a code.
+    `levels` are the (t,h,w) grids of codes that come in levels, each of which has a column, so that the first few can
+    be read alone. They are (t,h,w,L) on one grid, and (n,), one level after the other, where each has its own.
     """
 
     dtype: str
     shape: tuple[int, ...]
     codebook_size: int | None
+    levels: tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def of_levels(cls, grids: Sequence[tuple[int, ...]], codebook_size: int) -> "TokenLayout":
+        """That of codes of as many levels as `grids`, of up to 65,536 codes each."""
+        if not grids or codebook_size > 1 << 16:
+            raise ValueError(f"one level or more, of up to 65,536 codes: {grids=} {codebook_size=}")
+        is_one_grid = len(set(grids)) == 1
+        shape = (*grids[0], len(grids)) if is_one_grid else (sum(int(np.prod(grid)) for grid in grids),)
+        return cls(dtype="uint16", shape=shape, codebook_size=codebook_size, levels=tuple(grids))
+
+    def first_levels(self, count: int) -> "TokenLayout":
+        """That of the first levels alone; ValueError where there are not so many."""
+        if not 1 <= count <= len(self.levels):
+            raise ValueError(f"1 to {len(self.levels)} levels can be taken: {count=}")
+        levels = self.levels[:count]
+        is_one_grid = len(self.shape) == 4
+        shape = (*levels[0], count) if is_one_grid else (sum(int(np.prod(grid)) for grid in levels),)
+        return replace(self, shape=shape, levels=levels)
 
     @property
     def num_values(self) -> int:
         """Values in one clip."""
         return int(np.prod(self.shape))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in one clip: every code is one, and the numbers of a latent are one together."""
+        return self.num_values if self.codebook_size else int(np.prod(self.shape[:-1]))
 
     @property
     def high_bits(self) -> int:
@@ -53,6 +80,8 @@ class TokenLayout:
     @property
     def widths(self) -> dict[str, int]:
         """Bytes per clip of every token column."""
+        if self.levels:
+            return {f"{LEVEL}{n}": 2 * int(np.prod(grid)) for n, grid in enumerate(self.levels, start=1)}
         low = self.num_values * (4 if self.dtype == "float32" else 2)
         return {LOW: low, HIGH: -(-self.num_values * self.high_bits // 8)} if self.high_bits else {LOW: low}
 
@@ -69,6 +98,7 @@ class TokenLayout:
                 "shape": self.shape,
                 "codebook_size": self.codebook_size,
                 "endianness": "little",
+                **({"levels": self.levels} if self.levels else {}),
             }
         )
 
@@ -76,7 +106,12 @@ class TokenLayout:
     def from_json(cls, text: bytes) -> "TokenLayout":
         """The layout that a footer keeps."""
         values = json.loads(text)
-        return cls(dtype=values["dtype"], shape=tuple(values["shape"]), codebook_size=values["codebook_size"])
+        return cls(
+            dtype=values["dtype"],
+            shape=tuple(values["shape"]),
+            codebook_size=values["codebook_size"],
+            levels=tuple(tuple(grid) for grid in values.get("levels", ())),
+        )
 
 
 def to_planes(values_N: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray]:
@@ -86,6 +121,10 @@ def to_planes(values_N: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray
         return {LOW: np.ascontiguousarray(flat).view(np.uint8)}
     if flat.size and (flat.min() < 0 or flat.max() >= layout.codebook_size):
         raise ValueError(f"codes reach from {flat.min()} to {flat.max()}, the codebook has {layout.codebook_size}")
+    if layout.levels:
+        by_level = levels_of(values_N, layout)
+        stored = (np.ascontiguousarray(codes.reshape(len(codes), -1), dtype="<u2") for codes in by_level)
+        return {name: codes.view(np.uint8) for name, codes in zip(layout.widths, stored, strict=True)}
     planes = {LOW: np.ascontiguousarray(flat & 0xFFFF, dtype="<u2").view(np.uint8)}
     if layout.high_bits:
         planes[HIGH] = _pack(flat >> 16, layout.high_bits)
@@ -94,6 +133,10 @@ def to_planes(values_N: np.ndarray, layout: TokenLayout) -> dict[str, np.ndarray
 
 def from_planes(planes: Mapping[str, np.ndarray], layout: TokenLayout) -> np.ndarray:
     """Codes (N,...) int32, or the bits of latents (N,...) as float32, float16 or (for bfloat16) int16."""
+    if layout.levels:
+        by_level = [np.ascontiguousarray(planes[name]).view("<u2").astype(np.int32) for name in layout.widths]
+        joined = np.stack(by_level, axis=-1) if len(layout.shape) == 4 else np.concatenate(by_level, axis=1)
+        return joined.reshape(-1, *layout.shape)
     kinds = {"uint16": "<u2", "float16": "<f2", "float32": "<f4", "bfloat16": "<i2"}
     values = np.ascontiguousarray(planes[LOW]).view(kinds[layout.dtype])
     if layout.codebook_size is not None:
@@ -101,6 +144,15 @@ def from_planes(planes: Mapping[str, np.ndarray], layout: TokenLayout) -> np.nda
     if layout.high_bits:
         values |= _unpack(planes[HIGH], layout.high_bits, layout.num_values) << 16
     return values.reshape(len(values), *layout.shape)
+
+
+def levels_of(values_N: np.ndarray, layout: TokenLayout) -> list[np.ndarray]:
+    """The codes (N,t,h,w) of each level, of codes (N,...) of all levels."""
+    if len(layout.shape) == 4:
+        return list(np.moveaxis(values_N, -1, 0))
+    ends = np.cumsum([np.prod(grid) for grid in layout.levels])
+    parts = np.split(values_N, ends[:-1], axis=1)
+    return [part.reshape(-1, *grid) for part, grid in zip(parts, layout.levels, strict=True)]
 
 
 def _pack(high: np.ndarray, bits: int) -> np.ndarray:
@@ -191,52 +243,52 @@ class TokenFile:
         self.is_direct = all(offset is not None for group in self._groups for offset in group.values())
         if not self.is_direct:  # rewritten by others: the digests are of other row groups
             self._checksums = {}
-        self._checked: set[int] = set()
+        self._checked: set[tuple[int, str]] = set()
 
     def read(self, rows: Sequence[int] | np.ndarray, *, verify: bool = True) -> np.ndarray:
         """Codes (N,...) int32 or the bits of latents (N,...) of the rows asked, in their order."""
         return from_planes(self.read_planes(np.asarray(rows, np.int64), verify=verify), self.layout)
 
-    def read_planes(self, rows_N: np.ndarray, *, verify: bool = True) -> dict[str, np.ndarray]:
+    def read_planes(
+        self, rows_N: np.ndarray, layout: TokenLayout | None = None, *, verify: bool = True
+    ) -> dict[str, np.ndarray]:
         """The bytes (N, width) of every token column, copied out of the buffer in the order asked.
 
-        With `verify`, CacheError where a row group that is touched for the first time is damaged.
+        `layout` may be that of the first levels alone: no other column is touched. With `verify`, CacheError where a
+        column of a row group that is touched for the first time is damaged.
         """
+        widths = (layout or self.layout).widths
         if rows_N.size and (rows_N.min() < 0 or rows_N.max() >= self.num_rows):
             raise IndexError(f"{self._name} has {self.num_rows} rows, asked for {rows_N.min()} to {rows_N.max()}")
-        planes = {name: np.empty((len(rows_N), width), np.uint8) for name, width in self.layout.widths.items()}
+        planes = {name: np.empty((len(rows_N), width), np.uint8) for name, width in widths.items()}
         groups_N = np.searchsorted(self._group_ends, rows_N, side="right")
         for group in np.unique(groups_N):
             chosen = groups_N == group
             start = self._group_ends[group - 1] if group else 0
-            for name, plane in self._group_planes(int(group), verify=verify).items():
-                planes[name][chosen] = plane[rows_N[chosen] - start]
+            for name in widths:
+                planes[name][chosen] = self._group_plane(int(group), name, verify=verify)[rows_N[chosen] - start]
         return planes
 
-    def _group_planes(self, group: int, *, verify: bool) -> dict[str, np.ndarray]:
-        """Views (rows, width) of a row group's token columns; checked against their digests the first time."""
-        num_rows = self._parquet.metadata.row_group(group).num_rows
-        planes = {}
-        for name, width in self.layout.widths.items():
-            offset = self._groups[group][name]
-            if offset is None:
-                column = self._parquet.read_row_group(group, columns=[name], use_threads=False).column(0)
-                plane = np.frombuffer(b"".join(column.to_pylist()), np.uint8)
-            else:
-                plane = np.frombuffer(self._buffer, np.uint8, num_rows * width, offset)
-            planes[name] = plane.reshape(num_rows, width)
-        if verify and group not in self._checked:
-            self._check(group, planes)
-        return planes
+    def _group_plane(self, group: int, name: str, *, verify: bool) -> np.ndarray:
+        """A view (rows, width) of one token column of a row group; checked against its digest the first time."""
+        num_rows, width = self._parquet.metadata.row_group(group).num_rows, self.layout.widths[name]
+        offset = self._groups[group][name]
+        if offset is None:
+            column = self._parquet.read_row_group(group, columns=[name], use_threads=False).column(0)
+            plane = np.frombuffer(b"".join(column.to_pylist()), np.uint8)
+        else:
+            plane = np.frombuffer(self._buffer, np.uint8, num_rows * width, offset)
+        if verify and (group, name) not in self._checked:
+            self._check(group, name, plane)
+        return plane.reshape(num_rows, width)
 
-    def _check(self, group: int, planes: Mapping[str, np.ndarray]) -> None:
-        for name, digests in self._checksums.items():
-            if zlib.crc32(planes[name].data) != digests[group]:
-                raise CacheError(
-                    f"{self._name}: row group {group} of column {name} is damaged (its CRC-32 does not match):"
-                    f" tokenmill verify lists what is damaged; delete the file's manifest and run the recipe again"
-                )
-        self._checked.add(group)
+    def _check(self, group: int, name: str, plane: np.ndarray) -> None:
+        if self._checksums and zlib.crc32(plane.data) != self._checksums[name][group]:
+            raise CacheError(
+                f"{self._name}: row group {group} of column {name} is damaged (its CRC-32 does not match):"
+                f" tokenmill verify lists what is damaged; delete the file's manifest and run the recipe again"
+            )
+        self._checked.add((group, name))
 
     def _row_groups(self) -> list[dict[str, int | None]]:
         """For every row group, where each token column's values begin; None where they cannot be mapped."""

@@ -13,15 +13,35 @@ from ..schemas.cache_info import CacheInfo, ProductInfo
 from ..schemas.shard import EMBEDDINGS, MASKS
 from ..schemas.tables import MASK_SCHEMA, TRAJECTORY_TOKENS_SCHEMA
 from .store import TOKEN_ROWS_SCHEMA, embedding_layout
-from .token_file import HIGH, LOW, TokenLayout, from_planes
+from .token_file import HIGH, LEVEL, LOW, TokenLayout, from_planes
 
 # Clips and what a condition on them may also name.
 CLIPS_WITH_VIDEOS = """(select c.*, v.uri, v.caption, v.metadata from clips c left join videos v using (video_id))"""
 
 
+# How often codes are used, from `levels_<name>`. Entropy is in bits for a token; utilisation is the share of the
+# codebook that is used at all; perplexity is how many codes used alike would have this entropy.
+CODE_MACROS = """
+create temp macro code_usage(name) as table
+    select level, code, count(*) as uses
+    from (select level, unnest(codes) as code from query_table('levels_' || name))
+    group by level, code order by level, code;
+create temp macro code_statistics(name) as table
+    select level, sum(uses)::bigint as num_tokens, count(*) as num_codes,
+           count(*) / any_value(p.codebook_size) as utilisation,
+           log2(sum(uses)) - sum(uses * log2(uses)) / sum(uses) as entropy_bits,
+           2 ** (log2(sum(uses)) - sum(uses * log2(uses)) / sum(uses)) as perplexity
+    from (select level, code, count(*) as uses
+          from (select level, unnest(codes) as code from query_table('levels_' || name)) group by level, code) u
+    join products p on p.product = 'tokens/' || name
+    group by level order by level;
+"""
+
+
 def create_views(connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], info: CacheInfo) -> None:
-    """Temporary views: tokens_<name> per product and tokens over all of them, embeddings_<name>, masks, trajectories
-    and video_trajectories; and the macro code_usage(name).
+    """Temporary views: tokens_<name> per product, levels_<name> where tokens are codes, and tokens over all of them;
+    embeddings_<name>, masks, trajectories and video_trajectories; and the macros code_usage(name) and
+    code_statistics(name).
     """
     together = []
     for product, entry in info.products.items():
@@ -35,11 +55,7 @@ def create_views(connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequ
         connection.execute(f"create temp view tokens as {' union all by name '.join(together)}")
     masks = {product.removeprefix(MASKS): uris for product, uris in files.items() if product.startswith(MASKS)}
     _create_mask_views(connection, masks)
-    connection.execute(
-        """create temp macro code_usage(name) as table
-           select code, count(*) as uses from (select unnest(codes) as code from query_table('tokens_' || name))
-           group by code order by code"""
-    )
+    connection.execute(CODE_MACROS)
 
 
 def _create_token_view(
@@ -49,17 +65,47 @@ def _create_token_view(
     schema, tokens = TOKEN_ROWS_SCHEMA, f"{LOW} as latents"
     if tokenizer["kind"] == "trajectory":
         schema, tokens = TRAJECTORY_TOKENS_SCHEMA, f"{LOW} as vectors"
-    elif tokenizer["kind"] == "discrete":
-        layout = TokenLayout(dtype="uint16", shape=entry.shape, codebook_size=tokenizer["codebook_size"])
-        columns = [LOW, HIGH] if layout.high_bits else [LOW]
-        function = f"codes_of_{name}"
-        parameters: list[Any] = [BLOB for _ in columns]
-        connection.create_function(
-            function, _codes_function(layout), parameters, connection.list_type(INTEGER), type=ARROW
+    source = _source(connection, f"tokens_{name}", uris, _with_blobs(schema, len(entry.levels)))
+    small = ", ".join(schema.names)
+    if tokenizer["kind"] == "discrete":
+        layout = TokenLayout(
+            dtype="uint16", shape=entry.shape, codebook_size=tokenizer["codebook_size"], levels=entry.levels
         )
-        tokens = f"{function}({', '.join(columns)}) as codes"
-    source = _source(connection, f"tokens_{name}", uris, _with_blobs(schema))
-    connection.execute(f"create temp view tokens_{name} as select {', '.join(schema.names)}, {tokens} from {source}")
+        tokens = f"{_create_codes_of(connection, name, layout)} as codes"
+        by_level = [f"select {small}, 1 as level, {tokens} from {source}"]
+        if layout.levels:
+            codes = _create_codes_of_levels(connection, name, layout)
+            by_level = [
+                f"select {small}, {n} as level, {one} as codes from {source}" for n, one in enumerate(codes, start=1)
+            ]
+        connection.execute(f"create temp view levels_{name} as {' union all '.join(by_level)}")
+    connection.execute(f"create temp view tokens_{name} as select {small}, {tokens} from {source}")
+
+
+def _create_codes_of(connection: duckdb.DuckDBPyConnection, name: str, layout: TokenLayout) -> str:
+    """What a view selects for the codes of a product, as TokenCache.read has them; makes the function of it."""
+    function, columns = f"codes_of_{name}", list(layout.widths)
+    if layout.levels:  # one parameter for any number of levels
+        parameters: list[Any] = [connection.list_type(BLOB)]
+        body, arguments = _codes_of_all_levels(layout), f"[{', '.join(columns)}]"
+    else:
+        parameters = [BLOB for _ in columns]
+        body, arguments = _codes_function(layout), ", ".join(columns)
+    connection.create_function(function, body, parameters, connection.list_type(INTEGER), type=ARROW)
+    return f"{function}({arguments})"
+
+
+def _create_codes_of_levels(connection: duckdb.DuckDBPyConnection, name: str, layout: TokenLayout) -> list[str]:
+    """As `_create_codes_of`, for the codes of each level alone."""
+    parameters: list[Any] = [BLOB]
+    selected = []
+    for n, grid in enumerate(layout.levels, start=1):
+        alone, function = TokenLayout(dtype="uint16", shape=grid, codebook_size=1 << 16), f"level_{n}_of_{name}"
+        connection.create_function(
+            function, _codes_function(alone), parameters, connection.list_type(INTEGER), type=ARROW
+        )
+        selected.append(f"{function}({LEVEL}{n})")
+    return selected
 
 
 def _create_embedding_view(
@@ -113,8 +159,9 @@ def _source(connection: duckdb.DuckDBPyConnection, name: str, uris: Sequence[str
     return f"none_in_{name}"
 
 
-def _with_blobs(schema: pa.Schema) -> pa.Schema:
-    return schema.append(pa.field(LOW, pa.binary())).append(pa.field(HIGH, pa.binary()))
+def _with_blobs(schema: pa.Schema, num_levels: int = 0) -> pa.Schema:
+    names = [LOW, HIGH, *(f"{LEVEL}{n}" for n in range(1, 1 + num_levels))]
+    return pa.schema([*schema, *(pa.field(name, pa.binary()) for name in names)])
 
 
 def _codes_function(layout: TokenLayout) -> Callable[..., pa.Array]:
@@ -131,6 +178,20 @@ def _codes_function(layout: TokenLayout) -> Callable[..., pa.Array]:
 
     # DuckDB counts the parameters of the function that it is given.
     return (lambda low, high: codes(low, high)) if layout.high_bits else (lambda low: codes(low))
+
+
+def _codes_of_all_levels(layout: TokenLayout) -> Callable[[pa.Array], pa.Array]:
+    """As `_codes_function`, of one column with the planes of all levels in a list."""
+    ends = np.cumsum(list(layout.widths.values()))
+
+    def codes(lists: pa.Array | pa.ChunkedArray) -> pa.Array:
+        joined = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
+        stored = _bytes_of(joined.flatten()).reshape(len(lists), ends[-1])
+        planes = dict(zip(layout.widths, np.split(stored, ends[:-1], axis=1), strict=True))
+        offsets = np.arange(len(lists) + 1, dtype=np.int32) * layout.num_values
+        return pa.ListArray.from_arrays(offsets, from_planes(planes, layout).reshape(-1))
+
+    return codes
 
 
 def _bytes_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:

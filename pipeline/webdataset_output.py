@@ -64,6 +64,7 @@ class TarProduct:
             "dtype": self.dtype if size is not None else self.layout.dtype,
             "shape": self.layout.shape,
             "codebook_size": size,
+            **({"levels": self.layout.levels} if self.layout.levels else {}),
         }
 
 

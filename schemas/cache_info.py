@@ -18,7 +18,7 @@ _VERSION = re.compile(rf"{PRODUCTS}/(.+)/(\d+)\.json")
 class ProductInfo:
     """One product: the fingerprint of its current version; for tokens and masks also the recipe's section that asked
     for them, and what their tokenizer or segmenter is. `shape` is that of a clip's tokens (of trajectories: of one
-    token), or of a clip's embedding.
+    token), or of a clip's embedding; `levels` are the grids of codes that come in levels.
     """
 
     fingerprint: str
@@ -26,6 +26,7 @@ class ProductInfo:
     tokenizer: Mapping[str, Any] | None = None
     segmenter: Mapping[str, Any] | None = None
     shape: tuple[int, ...] = ()
+    levels: tuple[tuple[int, ...], ...] = ()
 
     def to_json(self) -> bytes:
         """The version as it is stored, create-if-absent, under its `version_name`."""
@@ -36,9 +37,16 @@ class ProductInfo:
         """The version stored in `data`; CacheError where it is damaged or of another format."""
         values = _loaded(data, name)
         try:
-            return cls(**{**values, "shape": tuple(values["shape"])})
+            return cls.from_values(values)
         except (KeyError, TypeError) as error:
             raise CacheError(f"{name}: damaged ({error}): {HEAD_REMEDY}") from error
+
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> "ProductInfo":
+        """The version that plain values are of; KeyError or TypeError where they are not of one."""
+        levels = tuple(tuple(grid) for grid in values.get("levels", ()))
+        return cls(**{**values, "shape": tuple(values["shape"]), "levels": levels})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +68,7 @@ class CacheInfo:
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "CacheInfo":
         """The head that `values` are of; KeyError or TypeError where they are not of one."""
-        products = {
-            product: ProductInfo(**{**entry, "shape": tuple(entry["shape"])})
-            for product, entry in values["products"].items()
-        }
+        products = {product: ProductInfo.from_values(entry) for product, entry in values["products"].items()}
         return cls(recipe=values["recipe"], products=products)
 
 

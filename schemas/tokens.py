@@ -13,9 +13,9 @@ TokenKind = Literal["discrete", "continuous", "trajectory"]
 class TokenizerSpec:
     """Everything about a tokenizer that decides its tokens, apart from the frames.
 
-    `codebook_size` is set for discrete tokens, `latent_dim` for the others. `stride_thw` is how many frames,
-    rows and columns one token covers. `dtype` is the number type of the arithmetic, and
-    `compiled` whether torch.compile orders it. `options` are the settings that its family alone knows, by name, as JSON
+    `codebook_size` is set for discrete tokens (that of each level, where they come in levels), `latent_dim` for the
+    others. `stride_thw` is how many frames, rows and columns one token covers (of levels: one of the coarsest).
+    `dtype` is the number type of the arithmetic, and `compiled` whether torch.compile orders it. `options` are the settings that its family alone knows, by name, as JSON
     has them. `revision` rises with every change of our code that changes tokens.
     """
 
@@ -52,14 +52,17 @@ class EmbeddingSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenGrid:
-    """The tokens of one clip: codes (t,h,w) or latents (t,h,w,d), and how many of its frames are real."""
+    """The tokens of one clip, and how many of its frames are real.
+
+    Codes are (t,h,w), those of levels (t,h,w,L), or (n,) on grids of their own; latents are (t,h,w,d).
+    """
 
     values_thw: np.ndarray
     num_valid: int
 
     def __post_init__(self) -> None:
-        if self.values_thw.ndim not in (3, 4):
-            raise ValueError(f"a token grid is (t,h,w) or (t,h,w,d), found {self.values_thw.shape}")
+        if self.values_thw.ndim not in (1, 3, 4):
+            raise ValueError(f"a token grid is (t,h,w), (t,h,w,d) or (n,), found {self.values_thw.shape}")
         if self.num_valid < 1:
             raise ValueError(f"a clip has one real frame or more, found {self.num_valid=}")
 

@@ -1,6 +1,6 @@
 """What every tokenizer offers, and a small one for tests."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -8,6 +8,8 @@ import torch
 
 from ..schemas.errors import TokenizerError
 from ..schemas.tokens import EmbeddingSpec, TokenizerSpec
+
+Levels = torch.Tensor | Sequence[torch.Tensor]
 
 NO_CODE = -1  # in place of the code of a latent that is not a number: such tokens are never stored
 
@@ -112,6 +114,50 @@ class VideoTokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class LevelTokenizer(Protocol):
+    """Turns frames into codes that come in levels, of which the first few decode too, with less detail.
+
+    Levels are int32 codes (B,t,h,w,L) where all lie on one grid, and L tensors (B,t,h,w) where each has its own.
+    """
+
+    @property
+    def spec(self) -> TokenizerSpec:
+        """What decides the tokens, apart from the frames; `codebook_size` is that of every level."""
+        ...
+
+    @property
+    def is_batched(self) -> bool:
+        """As of VideoTokenizer."""
+        ...
+
+    def level_grids(self, num_frames: int, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
+        """The (t,h,w) grid of every level of a clip of this size; TokenizerError says which sizes are accepted."""
+        ...
+
+    def encode(self, frames_BTHWC: torch.Tensor) -> Levels:
+        """The codes of uint8 RGB frames."""
+        ...
+
+    def margins(self, frames_BTHWC: torch.Tensor) -> Levels:
+        """How far each code of these frames was from being another, as `encode` gives codes."""
+        ...
+
+    def decode(self, tokens: Levels, num_frames: int | None = None) -> torch.Tensor:
+        """All levels, or the first few, to uint8 RGB frames (B,T,H,W,3), of clips that had `num_frames`."""
+        ...
+
+
+AnyTokenizer = VideoTokenizer | LevelTokenizer | TrajectoryTokenizer
+
+
+def joined_levels(tokens: Levels) -> torch.Tensor:
+    """Levels as one tensor: (B,t,h,w,L) as it is, grids of their own as (B,n), one level after the other."""
+    if isinstance(tokens, torch.Tensor):
+        return tokens
+    return torch.cat([level_Bthw.flatten(1) for level_Bthw in tokens], dim=1)
+
+
 def grid_of(num_frames: int, height: int, width: int, spec: TokenizerSpec) -> tuple[int, int, int]:
     """The (t,h,w) grid for sizes that `spec.stride_thw` divides; TokenizerError for others."""
     sizes = dict(zip(("num_frames", "height", "width"), (num_frames, height, width), strict=True))
@@ -186,15 +232,61 @@ class FakeTokenizer:
         return grid_of(num_frames, height, width, self.spec)
 
     def encode(self, frames_BTHWC: torch.Tensor) -> torch.Tensor:
-        b, t, h, w, _ = frames_BTHWC.shape
-        blocks = frames_BTHWC.to(torch.int32).reshape(b, t // 4, 4, h // 8, 8, w // 8, 8, 3)
-        return blocks.sum(dim=(2, 4, 6, 7)) // (4 * 8 * 8 * 3)
+        return _brightness(frames_BTHWC, 8)
 
     def margins(self, frames_BTHWC: torch.Tensor) -> None:
         return None
 
     def decode(self, tokens: torch.Tensor, num_frames: int | None = None) -> torch.Tensor:
         check_length(num_frames, 4 * tokens.shape[1], self.spec.name)
-        for dim, stride in ((1, 4), (2, 8), (3, 8)):
-            tokens = tokens.repeat_interleave(stride, dim=dim)
+        tokens = _spread(tokens, 8)
         return tokens.to(torch.uint8).unsqueeze(-1).expand(*tokens.shape, 3).contiguous()
+
+
+class FakeLevels:
+    """Two levels of 16 codes each, the high and the low half of the mean brightness: of each 4x8x8 block both, or, with
+    `native_grid`, the low half of each 4x4x4 block.
+    """
+
+    is_batched = False
+    spec = TokenizerSpec(
+        name="fake_levels", kind="discrete", codebook_size=16, latent_dim=None,
+        stride_thw=(4, 8, 8), weights_sha256=None, dtype="float32",
+    )  # fmt: skip
+
+    def __init__(self, *, native_grid: bool = False) -> None:
+        self._side = 4 if native_grid else 8
+
+    def level_grids(self, num_frames: int, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
+        t, h, w = grid_of(num_frames, height, width, self.spec)
+        fine = 8 // self._side
+        return (t, h, w), (t, fine * h, fine * w)
+
+    def encode(self, frames_BTHWC: torch.Tensor) -> Levels:
+        levels = _brightness(frames_BTHWC, 8) // 16, _brightness(frames_BTHWC, self._side) % 16
+        return torch.stack(levels, dim=-1) if self._side == 8 else levels
+
+    def margins(self, frames_BTHWC: torch.Tensor) -> Levels:
+        codes = self.encode(frames_BTHWC)
+        return torch.ones(codes.shape) if isinstance(codes, torch.Tensor) else [torch.ones(one.shape) for one in codes]
+
+    def decode(self, tokens: Levels, num_frames: int | None = None) -> torch.Tensor:
+        levels = tokens.unbind(-1) if isinstance(tokens, torch.Tensor) else tokens
+        check_length(num_frames, 4 * levels[0].shape[1], self.spec.name)
+        grey = 16 * _spread(levels[0], 8)
+        grey += _spread(levels[1], 8 * levels[0].shape[2] // levels[1].shape[2]) if len(levels) > 1 else 8
+        return grey.to(torch.uint8).unsqueeze(-1).expand(*grey.shape, 3).contiguous()
+
+
+def _brightness(frames_BTHWC: torch.Tensor, side: int) -> torch.Tensor:
+    """The mean of blocks of 4 frames and `side` rows and columns, int32."""
+    b, t, h, w, _ = frames_BTHWC.shape
+    blocks = frames_BTHWC.to(torch.int32).reshape(b, t // 4, 4, h // side, side, w // side, side, 3)
+    return (blocks.sum(dim=(2, 4, 6, 7)) // (4 * side * side * 3)).to(torch.int32)
+
+
+def _spread(values_Bthw: torch.Tensor, side: int) -> torch.Tensor:
+    """Each value in all pixels of its block."""
+    for dim, stride in ((1, 4), (2, side), (3, side)):
+        values_Bthw = values_Bthw.repeat_interleave(stride, dim=dim)
+    return values_Bthw

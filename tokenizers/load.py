@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..schemas.errors import TokenizerError, did_you_mean
-from .base import FakeTokenizer, Settings, TrajectoryTokenizer, VideoTokenizer
+from .base import AnyTokenizer, FakeTokenizer, LevelTokenizer, Settings, TrajectoryTokenizer, VideoTokenizer
 
 
 def load_tokenizer(
@@ -18,7 +18,7 @@ def load_tokenizer(
     logvar: bool = False,
     compiled: bool = False,
     options: Mapping[str, Any] | None = None,
-) -> VideoTokenizer | TrajectoryTokenizer:
+) -> AnyTokenizer:
     """The tokenizer called `name`, for instance "dct_fsq/488_262144", ready to encode on `device`.
 
     `weights` is the path or fsspec URL of its weights, for families that have any; `dtype` is the number type of
@@ -48,6 +48,12 @@ def _load_dct_fsq(variant: str, settings: Settings) -> VideoTokenizer:
     return DctFsq(variant, device=settings.device)
 
 
+def _load_pyratok(variant: str, settings: Settings) -> LevelTokenizer:
+    from .pyratok_tokenizer import PyraTokTokenizer
+
+    return PyraTokTokenizer(variant, settings)
+
+
 def _load_trajtok(variant: str, settings: Settings) -> TrajectoryTokenizer:
     from .trajtok_tokenizer import TrajTokTokenizer
 
@@ -69,9 +75,10 @@ def _load_fake(variant: str, settings: Settings) -> VideoTokenizer:
 
 
 # Loaders import their family when called: loading one imports no other.
-FAMILIES: dict[str, Callable[[str, Settings], VideoTokenizer | TrajectoryTokenizer]] = {
+FAMILIES: dict[str, Callable[[str, Settings], AnyTokenizer]] = {
     "dct_fsq": _load_dct_fsq,
     "fake": _load_fake,
+    "pyratok": _load_pyratok,
     "trajtok": _load_trajtok,
     "vidtok": _load_vidtok,
 }

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ..schemas.errors import TokenizerError
-from .pyratok_quantizer import WAN_STATISTICS, LatentStatistics, Quantized, ResidualSignQuantizer
+from .base import NO_CODE
+from .pyratok_quantizer import WAN_STATISTICS, LatentStatistics, LevelIds, Quantized, ResidualSignQuantizer
 from .pyratok_vae import VaeSizes, WanVae
 from .weights import WeightsFile, check_tensors, fetch_folder, fetch_weights, load_tensors, read_tensors
 
 FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")  # what else is named as weights is a folder of a model
-WRAPPER = "model_state_dict"  # where checkpoints of the release's training have their tensors
 OF_QUANTIZER, STAGES = "lapq_", "lapq_quantizer.layers."
 FIXED = (".bitmask", ".codebook")  # tensors of the quantizer that say what its sizes say
 
@@ -67,6 +67,36 @@ class PyraTok(WanVae):
         """Latents for `decode`, of the quantizer's values."""
         return values_BCthw if self.statistics is None else self.statistics.restored(values_BCthw)
 
+    def level_grids(self, num_frames: int, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
+        """The (t,h,w) grid of every level of a clip: those of its latents."""
+        return (self.sizes.grid_of(num_frames, height, width),) * self.lapq_quantizer.num_stages
+
+    def encode_levels(self, x_BCTHW: torch.Tensor) -> list[LevelIds]:
+        """The ids of every stage, of frames as `encode` takes them; NO_CODE where latents are no numbers.
+
+        A sign that could be another one could change all later stages: their margins are no larger.
+        """
+        mean_BCthw = self.encode(x_BCTHW).mean_BCthw
+        made = self.quantize(mean_BCthw)
+        is_lost_Bthw1 = ~mean_BCthw.isfinite().all(dim=1).unsqueeze(-1)
+        ids_BthwQ = made.ids_BthwQ.masked_fill(is_lost_Bthw1, NO_CODE)
+        margins_BthwQ = made.margins_BthwQ.cummin(-1).values
+        levels = zip(ids_BthwQ.unbind(-1), margins_BthwQ.unbind(-1), strict=True)
+        return [LevelIds(ids_Bthw=ids, margins_Bthw=margins) for ids, margins in levels]
+
+    def latents_of_levels(self, ids: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Latents (B,C,t,h,w) for `decode`, of the ids (B,t,h,w) of all stages or of the first.
+
+        TokenizerError for anything that is no ids of a clip.
+        """
+        if len({tuple(ids_Bthw.shape) for ids_Bthw in ids}) != 1:
+            found = ", ".join(str(tuple(ids_Bthw.shape)) for ids_Bthw in ids) or "none"
+            raise TokenizerError(
+                f"ids of PyraTok's release are (B,t,h,w) of all of its {self.lapq_quantizer.num_stages} levels or of the"
+                f" first, found {found}: pass them as they were made"
+            )
+        return self.latents_of(torch.stack(list(ids), dim=-1))
+
     def latents_of(self, ids_BthwQ: torch.Tensor) -> torch.Tensor:
         """Latents (B,C,t,h,w) for `decode`, of ids (B,t,h,w,Q) of all stages or of the first Q."""
         return self.restored(self.lapq_quantizer.decode(ids_BthwQ))
@@ -105,26 +135,64 @@ def build_release(
 def load_release(weights: str, *, normalized: bool = False) -> PyraTok:
     """The model of a published checkpoint: a file, or the folder of a diffusers model, by path or URL.
 
-    Sizes follow from its tensors. A VAE of Wan 2.1 has none of the quantizer, which has no learned part in what it does
-    without text. `normalized` latents are quantized with the statistics of the folder's config.json, or those of Wan
-    2.1: for a VAE that was not trained with the quantizer. TokenizerError unless every tensor fits.
+    TokenizerError unless every tensor fits. `normalized` as in `ReleaseFile.build`.
     """
-    file, tensors, config = _read(weights)
-    sizes, quantizer = vae_sizes_of(tensors, file), quantizer_sizes_of(tensors)
-    with torch.device("meta"):
-        model = PyraTok(sizes, quantizer, _statistics(config, sizes, file) if normalized else None).eval()
-    found = {name: value for name, value in tensors.items() if not name.endswith(FIXED)}
-    has_quantizer = any(name.startswith(OF_QUANTIZER) for name in tensors)
-    expected = {
-        name: value
-        for name, value in model.state_dict().items()
-        if not name.endswith(FIXED) and (has_quantizer or not name.startswith(OF_QUANTIZER))
-    }
-    check_tensors(found, expected, file, "PyraTok's release or of the VAE of Wan 2.1")
-    model = model.to_empty(device="cpu")
-    model.lapq_quantizer = _quantizer(sizes, quantizer).eval()  # with what no file needs to hold
-    load_tensors(model, {**model.state_dict(), **found})
-    return model.requires_grad_(False)
+    return ReleaseFile.read(weights).build(normalized=normalized)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseFile:
+    """A published checkpoint, checked: where it lies, its tensors, the config of a folder, and sizes by its tensors."""
+
+    file: WeightsFile
+    tensors: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any]
+    sizes: VaeSizes
+    quantizer: QuantizerSizes
+
+    @staticmethod
+    def read(weights: str) -> "ReleaseFile":
+        """The file, or the folder of a diffusers model, at a path or URL; TokenizerError unless every tensor fits.
+
+        A VAE of Wan 2.1 has none of the quantizer, which has no learned part in what it does without text.
+        """
+        file, tensors, config = _read(weights)
+        sizes, quantizer = vae_sizes_of(tensors, file), quantizer_sizes_of(tensors)
+        with torch.device("meta"):
+            expected = PyraTok(sizes, quantizer).state_dict()
+        has_quantizer = any(name.startswith(OF_QUANTIZER) for name in tensors)
+        found = {name: value for name, value in tensors.items() if not name.endswith(FIXED)}
+        expected = {
+            name: value
+            for name, value in expected.items()
+            if not name.endswith(FIXED) and (has_quantizer or not name.startswith(OF_QUANTIZER))
+        }
+        check_tensors(found, expected, file, "PyraTok's release or of the VAE of Wan 2.1")
+        return ReleaseFile(file=file, tensors=found, config=config, sizes=sizes, quantizer=quantizer)
+
+    def statistics(self) -> LatentStatistics:
+        """Those of the folder's config.json, or of Wan 2.1 for as many channels; TokenizerError without either."""
+        found = WAN_STATISTICS
+        if self.config.get("latents_mean") and self.config.get("latents_std"):
+            found = LatentStatistics(mean=self.config["latents_mean"], std=self.config["latents_std"])
+        if len(found.mean) != self.sizes.z_dim:
+            raise TokenizerError(
+                f"weights {self.file.uri}: its latents have {self.sizes.z_dim} channels, and there are statistics of"
+                f" {len(found.mean)}: give a folder whose config.json has latents_mean and latents_std, or do not"
+                f" normalize"
+            )
+        return found
+
+    def build(self, *, normalized: bool = False) -> PyraTok:
+        """The model with these weights; `normalized` latents are quantized with the `statistics`: for a VAE that was
+        not trained with the quantizer.
+        """
+        with torch.device("meta"):
+            model = PyraTok(self.sizes, self.quantizer, self.statistics() if normalized else None).eval()
+        model = model.to_empty(device="cpu")
+        model.lapq_quantizer = _quantizer(self.sizes, self.quantizer).eval()  # with what no file needs to hold
+        load_tensors(model, {**model.state_dict(), **self.tensors})
+        return model.requires_grad_(False)
 
 
 def vae_sizes_of(tensors: Mapping[str, torch.Tensor], weights: WeightsFile) -> VaeSizes:
@@ -169,9 +237,7 @@ def _read(weights: str) -> tuple[WeightsFile, dict[str, torch.Tensor], dict[str,
     """The file or folder, its tensors, and the config of a folder."""
     if weights.lower().endswith(FILES):
         file = fetch_weights(weights)
-        tensors = read_tensors(file)
-        inner = tensors.get(WRAPPER, tensors)
-        return file, dict(inner) if isinstance(inner, Mapping) else tensors, {}
+        return file, read_tensors(file), {}
     folder = fetch_folder(weights)
     tensors, config = {}, {}
     for name in sorted(os.listdir(folder.path)):
@@ -190,16 +256,3 @@ def _config(path: str, folder: WeightsFile) -> dict[str, Any]:
     except ValueError as error:
         raise TokenizerError(f"weights {folder.uri}: config.json is not JSON: {error}: download it again") from None
     return config if isinstance(config, dict) else {}
-
-
-def _statistics(config: Mapping[str, Any], sizes: VaeSizes, weights: WeightsFile) -> LatentStatistics:
-    """Those of the config, or of Wan 2.1 for as many channels."""
-    found = WAN_STATISTICS
-    if config.get("latents_mean") and config.get("latents_std"):
-        found = LatentStatistics(mean=config["latents_mean"], std=config["latents_std"])
-    if len(found.mean) != sizes.z_dim:
-        raise TokenizerError(
-            f"weights {weights.uri}: its latents have {sizes.z_dim} channels, and there are statistics of"
-            f" {len(found.mean)}: give a folder whose config.json has latents_mean and latents_std, or do not normalize"
-        )
-    return found

@@ -31,6 +31,16 @@ class Quantized:
     margins_BthwQ: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LevelIds:
+    """The int64 ids (B,t,h,w) of one level of clips, and how far the least certain channel of each was from another
+    sign.
+    """
+
+    ids_Bthw: torch.Tensor
+    margins_Bthw: torch.Tensor
+
+
 def ids_of(signs_XC: torch.Tensor) -> torch.Tensor:
     """int64 ids (...) of signs (...,C): a bit is 1 where the sign is positive, channel 0 the highest."""
     return ((signs_XC > 0) * _place_values(signs_XC.shape[-1], signs_XC.device)).sum(-1)

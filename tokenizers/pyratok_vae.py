@@ -51,6 +51,11 @@ class VaeSizes:
         space = 2 ** (len(self.dim_mult) - 1)
         return 2 ** sum(self.temperal_downsample), space, space
 
+    def grid_of(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """The (t,h,w) grid of the latents of a clip, which is filled up to whole groups of frames."""
+        frames, rows, columns = self.stride_thw
+        return 1 + -(-(num_frames - 1) // frames), height // rows, width // columns
+
 
 class Encoder(nn.Module):
     """From frames to means and logarithms of variances, before the last product."""

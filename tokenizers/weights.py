@@ -19,7 +19,7 @@ from ..schemas.errors import TokenizerError
 
 SHOWN = 3  # differences of each kind that an error names
 STAMP_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
-WRAPPERS = ("state_dict", "model")  # keys of a checkpoint under which its tensors are
+WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys of a checkpoint under which its tensors are
 FOLDER_FILES = (".json", ".safetensors")
 COMPILED, PARALLEL = "_orig_mod.", "module."  # what torch.compile and data-parallel training put into keys
 

@@ -30,7 +30,7 @@ from tokenmill.schemas.errors import CacheError
 from tokenmill.schemas.recipe import Recipe, parse_recipe
 from tokenmill.schemas.shard import ShardTask
 from tokenmill.schemas.tokens import TokenizerSpec
-from tokenmill.tokenizers.base import FakeTokenizer
+from tokenmill.tokenizers.base import FakeLevels, FakeTokenizer, joined_levels
 from tokenmill.tokenizers.load import load_tokenizer
 
 from ..conftest import Store
@@ -63,6 +63,8 @@ TOKENIZERS: dict[str, Any] = {
     "tokens/fake": FakeTokenizer(),
     "tokens/dct": load_tokenizer("dct_fsq/488_262144"),
     "tokens/mean": Averages(),
+    "tokens/levels": FakeLevels(),
+    "tokens/native": FakeLevels(native_grid=True),
 }
 
 
@@ -90,6 +92,7 @@ def make_cache(url: str) -> tuple[Recipe, list[Clip]]:
             fingerprint=prints[product],
             tokenizer=tokenizer,
             shape=encoder.layout.shape,
+            levels=encoder.layout.levels,
             section={"tokenizer": spec.name},
         )
     folder.create(CACHE_INFO, recipe_to_json(recipe.model_dump(mode="json")))
@@ -126,7 +129,7 @@ def fact(i: int) -> VideoFacts:
 def expected(product: str, clips: list[Clip], recipe: Recipe) -> torch.Tensor:
     """The tokens that the clips must have, made outside of the cache."""
     frames = [one.frames_THWC for one in FakeDecoder(recipe.clips.sampling).decode("", clips)]  # pyright: ignore
-    return TOKENIZERS[product].encode(torch.from_numpy(np.stack(frames)))
+    return joined_levels(TOKENIZERS[product].encode(torch.from_numpy(np.stack(frames))))
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +180,73 @@ def test_code_usage_counts_every_code(cache: TokenCache) -> None:
     ids = cache.sql("select clip_id from clips")["clip_id"].to_pylist()
     codes, uses = np.unique(cache.read("fake", ids).numpy(), return_counts=True)
     answer = cache.sql("from code_usage('fake')")
+    assert set(answer["level"].to_pylist()) == {1}
     assert answer["code"].to_pylist() == codes.tolist()
     assert answer["uses"].to_pylist() == uses.tolist()
 
 
+@pytest.mark.parametrize("product", ["levels", "native"])
+def test_the_first_levels_are_read_alone(cache: TokenCache, product: str) -> None:
+    ids = cache.sql("select clip_id from clips limit 5")["clip_id"].to_pylist()
+    tokens = cache.read(product, ids)
+    levels = cache.read_levels(product, ids)
+    assert [tuple(level.shape) for level in levels] == [
+        (5, 2, 2, 3),
+        (5, 2, 4, 6) if product == "native" else (5, 2, 2, 3),
+    ]
+    assert torch.equal(joined_levels(levels) if product == "native" else torch.stack(levels, dim=-1), tokens)
+    first = cache.read(product, ids, levels=1)
+    assert first.shape == ((5, 12) if product == "native" else (5, 2, 2, 3, 1))
+    assert torch.equal(first.flatten(), levels[0].flatten())
+    assert torch.equal(cache.read_levels(product, ids, levels=1)[0], levels[0])
+    assert cache.grid(product, ids[0]).values_thw.shape == tuple(tokens.shape[1:])
+
+
+@pytest.mark.parametrize("product", ["levels", "native"])
+def test_the_codes_of_every_level_are_in_sql(cache: TokenCache, product: str) -> None:
+    rows = cache.sql(f"select clip_id, codes from tokens_{product} order by clip_id")
+    ids = rows["clip_id"].to_pylist()
+    assert rows["codes"].to_pylist() == cache.read(product, ids).flatten(1).tolist()
+    for n, level in enumerate(cache.read_levels(product, ids), start=1):
+        found = cache.sql(f"select codes from levels_{product} where level = {n} order by clip_id")
+        assert found["codes"].to_pylist() == level.flatten(1).tolist()
+    three = cache.sql(f"select codes from tokens_{product} order by clip_id limit 3 offset 2")
+    assert three["codes"].to_pylist() == rows["codes"].to_pylist()[2:5]
+
+
+@pytest.mark.parametrize("product", ["levels", "native", "fake"])
+def test_code_statistics_are_those_of_numpy(cache: TokenCache, product: str) -> None:
+    ids = cache.sql("select clip_id from clips")["clip_id"].to_pylist()
+    levels = [cache.read(product, ids)] if product == "fake" else cache.read_levels(product, ids)
+    usage = cache.sql(f"from code_usage('{product}')").to_pylist()
+    rows = cache.sql(f"from code_statistics('{product}')").to_pylist()
+    size = TOKENIZERS[f"tokens/{product}"].spec.codebook_size
+    for n, (level, row) in enumerate(zip(levels, rows, strict=True), start=1):
+        codes, uses = np.unique(level.numpy(), return_counts=True)
+        of_level = [one for one in usage if one["level"] == n]
+        assert [(one["code"], one["uses"]) for one in of_level] == list(zip(codes.tolist(), uses.tolist(), strict=True))
+        shares = uses / uses.sum()
+        entropy = float(-(shares * np.log2(shares)).sum())
+        assert (row["level"], row["num_tokens"], row["num_codes"]) == (n, uses.sum(), len(codes))
+        assert row["utilisation"] == len(codes) / size
+        assert row["entropy_bits"] == pytest.approx(entropy, abs=1e-12)
+        assert row["perplexity"] == pytest.approx(2**entropy, rel=1e-12)
+
+
+def test_levels_that_are_not_there_are_refused(cache: TokenCache) -> None:
+    ids = cache.sql("select clip_id from clips limit 1")["clip_id"].to_pylist()
+    for count in (0, 3):
+        with pytest.raises(CacheError, match=f"tokens/levels: {count} levels were asked for: it has 1 to 2"):
+            cache.read("levels", ids, levels=count)
+    with pytest.raises(CacheError, match="tokens/dct: its tokens do not come in levels: read it without levels"):
+        cache.read("dct", ids, levels=1)
+    with pytest.raises(CacheError, match="tokens/dct: its tokens do not come in levels"):
+        cache.read_levels("dct", ids)
+
+
 def test_all_products_are_in_one_view(cache: TokenCache) -> None:
     answer = cache.sql("select product, count(*) as n from tokens group by 1 order by 1")
-    assert answer["product"].to_pylist() == ["dct", "fake", "mean"]
+    assert answer["product"].to_pylist() == ["dct", "fake", "levels", "mean", "native"]
     assert len(set(answer["n"].to_pylist())) == 1
 
 
@@ -217,7 +280,7 @@ def test_unknown_clips_and_products_are_named(cache: TokenCache, made: tuple[str
     known = made[2][0].clip_id
     with pytest.raises(CacheError, match=r"tokens/dct has no clip 'abc' \(1 of 2 asked are missing\)"):
         cache.read("dct", [known, "abc"])
-    with pytest.raises(CacheError, match=r"no product tokens/dtc \(did you mean 'dct'\?\); there are dct, fake, mean"):
+    with pytest.raises(CacheError, match=r"no product tokens/dtc \(did you mean 'dct'\?\); there are dct, fake, levels, mean, native"):
         cache.read("dtc", [known])
     with pytest.raises(CacheError, match="no clip was asked for"):
         cache.read("dct", [])

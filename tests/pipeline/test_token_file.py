@@ -9,7 +9,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tokenmill.pipeline.token_file import HIGH, LOW, TokenFile, TokenLayout, from_planes, to_planes, write_token_file
+from tokenmill.pipeline.token_file import (
+    HIGH,
+    LOW,
+    TokenFile,
+    TokenLayout,
+    from_planes,
+    levels_of,
+    to_planes,
+    write_token_file,
+)
 from tokenmill.schemas.errors import CacheError
 
 CODEBOOKS = [2, 256, 32768, 65536, 65537, 1 << 18, 1 << 19, 1 << 22, 1 << 25]
@@ -52,6 +61,58 @@ def test_latents_come_back_bit_for_bit(tmp_path: Path, dtype: str) -> None:
     read = opened(tmp_path / "a.parquet").read(range(20))
     assert read.dtype == kind
     assert np.array_equal(read, values)
+
+
+ONE_GRID, OWN_GRIDS = [(3, 4, 5)] * 4, [(5, 8, 8), (3, 4, 4), (3, 2, 2), (3, 2, 2)]
+
+
+@pytest.mark.parametrize("grids", [ONE_GRID, OWN_GRIDS])
+def test_levels_have_columns_of_their_own(tmp_path: Path, grids: list[tuple[int, int, int]]) -> None:
+    layout = TokenLayout.of_levels(grids, 1 << 16)
+    values = codes(layout, 20)
+    write_token_file(str(tmp_path / "a.parquet"), ids(20), values, layout, {})
+    file = opened(tmp_path / "a.parquet")
+    assert (file.layout, file.is_direct) == (layout, True)
+    assert np.array_equal(file.read([19, 3]), values[[19, 3]])
+    table = pq.read_table(tmp_path / "a.parquet")
+    for n, level in enumerate(levels_of(values, layout), start=1):
+        assert b"".join(table[f"level_{n}"].to_pylist()) == level.astype("<u2").tobytes()
+    assert sum(layout.widths.values()) == 2 * layout.num_values == 2 * layout.num_tokens
+    two = layout.first_levels(2)
+    first = from_planes(file.read_planes(np.arange(20), two), two)
+    wanted = levels_of(values, layout)[:2]
+    assert all(np.array_equal(a, b) for a, b in zip(levels_of(first, two), wanted, strict=True))
+    assert len(layout.shape) == len(two.shape)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_the_first_levels_touch_no_other_bytes(tmp_path: Path, count: int) -> None:
+    layout = TokenLayout.of_levels(ONE_GRID, 1 << 16)
+    values, path = codes(layout, 20), tmp_path / "a.parquet"
+    write_token_file(str(path), ids(20), values, layout, {})
+    group, data = pq.read_metadata(path).row_group(0), bytearray(path.read_bytes())
+    for n in range(count, 4):  # everything of the others is destroyed
+        chunk = group.column(1 + n)
+        data[chunk.data_page_offset : chunk.data_page_offset + chunk.total_compressed_size] = (
+            b"\xff" * chunk.total_compressed_size
+        )
+    path.write_bytes(data)
+    first = layout.first_levels(count)
+    found = from_planes(opened(path).read_planes(np.arange(20), first), first)
+    assert np.array_equal(found, values[..., :count])
+    if count < 4:
+        with pytest.raises(CacheError, match=f"column level_{count + 1} is damaged"):
+            opened(path).read([0])
+
+
+def test_levels_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="of up to 65,536 codes"):
+        TokenLayout.of_levels(ONE_GRID, (1 << 16) + 1)
+    with pytest.raises(ValueError, match="one level or more"):
+        TokenLayout.of_levels([], 16)
+    for count in (0, 5):
+        with pytest.raises(ValueError, match="1 to 4 levels can be taken"):
+            TokenLayout.of_levels(ONE_GRID, 16).first_levels(count)
 
 
 def test_eighteen_bit_codes_cost_eighteen_bits(tmp_path: Path) -> None:
