@@ -158,7 +158,7 @@ class TokenCache:
         is_embedding = product.startswith(EMBEDDINGS) and product in self.info.products
         product = product if is_embedding else self.grid_product(product)
         if levels is not None:
-            self._check_levels(product, levels)
+            self.level_grids(product, levels)
         places = self._locate(product, clip_ids)
         names, rows = places["name"].to_pylist(), places["row_in_file"].to_numpy()
         return self.read_places(names, rows, levels=levels, verify=verify)
@@ -168,15 +168,17 @@ class TokenCache:
     ) -> list[torch.Tensor]:
         """The codes int32 (N,t,h,w) of every level, or of the first few, of `clip_ids`, in their order; as `read`."""
         product = self.grid_product(product)
-        grids = self._check_levels(product, levels)
+        grids = self.level_grids(product, levels)
         codes = self.read(product, clip_ids, levels=len(grids), verify=verify)
         if codes.ndim == 5:
             return list(codes.unbind(-1))
         parts = codes.split([math.prod(grid) for grid in grids], dim=1)
         return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
 
-    def _check_levels(self, product: str, count: int | None) -> tuple[tuple[int, ...], ...]:
-        """The grids of the first levels of a product, or of all; CacheError where it has not so many, or none."""
+    def level_grids(self, product: str, count: int | None = None) -> tuple[tuple[int, ...], ...]:
+        """The (t,h,w) grids of all levels of a product (`tokens/<name>`), or of the first `count`; CacheError where there
+        are not so many.
+        """
         grids = self.info.products[product].levels
         if not grids:
             raise CacheError(f"{product}: its tokens do not come in levels: read it without levels")
@@ -232,11 +234,11 @@ class TokenCache:
         tokens = torch.from_numpy(from_planes(planes, layout))
         return tokens.view(torch.bfloat16) if layout.dtype == "bfloat16" else tokens
 
-    def loader(self, product: str, batch_size: int, *, where: str = "true") -> Any:
-        """A TokenLoader over this cache."""
+    def loader(self, product: str, batch_size: int, *, where: str = "true", levels: int | None = None) -> Any:
+        """A TokenLoader over this cache, of the first `levels` alone where these are given."""
         from .loader import TokenLoader
 
-        return TokenLoader(self, product, batch_size, where=where)
+        return TokenLoader(self, product, batch_size, where=where, levels=levels)
 
     def _locate(self, product: str, clip_ids: Sequence[str]) -> pa.Table:
         """File and row of every clip asked, in the order asked."""

@@ -3,6 +3,9 @@
 import hashlib
 import math
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +143,31 @@ def test_a_text_moves_codes_and_is_recorded(
     options = (cache.info.products["tokens/told"].tokenizer or {})["options"]
     assert options["text_sha256"] == hashlib.sha256(text.encode()).hexdigest()
     assert options["text_scale"] == 2
+
+
+@pytest.mark.slow
+def test_a_killed_job_ends_with_the_same_bytes(
+    write_recipe: WriteRecipe, weights: Callable[[str], str], footage: Path, tmp_path: Path
+) -> None:
+    tokens = {"codes": {"tokenizer": "pyratok/pyramid", "weights": weights("native.safetensors")}}
+    recipe = write_recipe([footage / "carphone_pristine.mp4"], clips=CLIPS, tokens=tokens, shards={"frames": 17})
+    for way in ("whole", "hurt"):
+        command = [sys.executable, "-c", "from tokenmill.jobs.main import main; main()", "run", recipe]
+        command += ["--set", f"cache={tmp_path / way}"]
+        if way == "hurt":
+            driver = subprocess.Popen(command, cwd=tmp_path)
+            while not list((tmp_path / way).glob("manifests/tokens/codes/*")):
+                assert driver.poll() is None
+            driver.send_signal(signal.SIGKILL)
+            assert driver.wait() == -signal.SIGKILL
+            assert len(list((tmp_path / way).glob("manifests/tokens/codes/*"))) < 7
+        subprocess.run(command, cwd=tmp_path, check=True)
+    whole, hurt = (
+        {name: digest for name, digest in data_in(tmp_path / way).items() if name.startswith(("clips", "tokens"))}
+        for way in ("whole", "hurt")
+    )
+    assert whole == hurt
+    assert len(whole) == 14
 
 
 @pytest.mark.ray

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from tokenmill.pipeline.token_file import TokenLayout
 from tokenmill.schemas.errors import TokenizerError
 from tokenmill.tokenizers.base import NO_CODE, LevelTokenizer, TrajectoryTokenizer, joined_levels
 from tokenmill.tokenizers.load import load_tokenizer
 from tokenmill.tokenizers.pyratok import build_release
+from tokenmill.tokenizers.pyratok_levels import Strides
 from tokenmill.tokenizers.pyratok_pyramid import PyramidSizes, build_pyramid, save_pyramid
 from tokenmill.tokenizers.pyratok_vae import VaeSizes
 
@@ -93,6 +95,25 @@ def test_the_first_levels_decode_too_and_more_levels_change_frames(load: Load, w
     assert {tuple(one.shape) for one in made} == {(2, 5, 16, 16, 3)}
     assert all(not torch.equal(one, other) for one, other in zip(made[1:], made, strict=False))
     assert torch.equal(made[-1], tokenizer.decode(tokenizer.encode(frames(5, num_clips=2)), 5))
+
+
+@pytest.mark.parametrize(
+    ("clip", "native", "num_bytes"),
+    [
+        ((17, 256, 512), False, 81_920),
+        ((9, 128, 128), False, 6_144),
+        ((1, 256, 256), False, 8_192),
+        ((97, 720, 1280), False, 2_880_000),
+        ((17, 256, 512), True, 1_302_528),
+    ],
+)
+def test_grids_of_the_published_sizes_take_two_bytes_a_code(
+    clip: tuple[int, int, int], num_bytes: int, *, native: bool
+) -> None:
+    grids = Strides.of(VaeSizes(), native_grid=native).grids_of(VaeSizes().grid_of(*clip))
+    assert sum(TokenLayout.of_levels(grids, 1 << 16).widths.values()) == num_bytes
+    if native:
+        assert grids == ((17, 128, 256), (9, 64, 128), (5, 32, 64), (5, 32, 64))
 
 
 def test_spec_says_what_decides_codes(load: Load) -> None:
