@@ -138,5 +138,5 @@ def _allowed(is_word_BL: torch.Tensor, length: int) -> torch.Tensor:
 
 def bit_loss(logits: Sequence[torch.Tensor], levels: Sequence[LevelSites]) -> torch.Tensor:
     """The mean cross-entropy, in nats, of the bits of all levels; nothing passes to the bits as what is foretold."""
-    bits_BNC = torch.cat([sites.signs_BNC for sites in levels], dim=1).detach() > 0
+    bits_BNC = torch.cat([sites.signs_BNC for sites in levels], dim=1) > 0
     return F.binary_cross_entropy_with_logits(torch.cat(list(logits), dim=1), bits_BNC.float())

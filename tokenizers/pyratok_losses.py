@@ -1,7 +1,7 @@
 """What a pyramid of PyraTok is trained with (arXiv:2601.16210, 3.2.4): four terms, some of them made operational here.
 
 The paper takes KL between codes, codebook and text embeddings, which are no distributions over a common set. Here all
-of them are chances of bits: of a site's, by how far its values are from 0; and of a text's, by a learned product.
+of them are chances of bits: of a site, by how far its values are from 0, and of a text, by a learned product.
 """
 
 import copy
@@ -22,7 +22,7 @@ from .pyratok_vae import WanVae
 
 SSIM_WINDOW, SSIM_SIGMA, SSIM_FLOORS = 11, 1.5, (0.02**2, 0.06**2)  # (0.01 and 0.03 of the range, which is 2)^2
 ENTROPY_BETA = 5.0  # how sharp bits are where their entropy is taken; the release's 100 leaves most without gradient
-CHANCE_BETA = 0.5  # and where they are compared: sharper ones would make all levels the same
+CHANCE_BETA = 0.5  # and where they are compared: KL of sharper ones would outweigh all else
 CHANCE_FLOOR = 1e-6
 RIDGE = 1e-4  # of the mean square of features, which keeps alike features apart
 
@@ -117,7 +117,7 @@ class PyramidTraining(nn.Module):
         return torch.stack([getattr(self.weights, name) * term for name, term in terms.items()]).sum()
 
     def _sites(self, found: QuantizedLevels, generator: torch.Generator | None) -> list[LevelSites]:
-        """The same place of all levels, so small that the finest of them has `max_sites` at most."""
+        """The same place of all levels, one latent's or so large that the finest level has `max_sites` at most."""
         ratios = self.model.strides.latent_ratios
         most = max(1, self.max_sites // max(every * rows * columns for every, rows, columns in ratios))
         window = window_of(tuple(found.values_BCthw.shape[2:]), most, generator)
@@ -229,32 +229,37 @@ def _blurred(x_N1HW: torch.Tensor) -> torch.Tensor:
 def codebook_terms(model: Pyramid, found: QuantizedLevels, text: EmbeddedText | None) -> dict[str, torch.Tensor]:
     """The parts of the codebook's loss by name, each summed over levels; those with text only where there is one.
 
-    All are means over bits and sites: `commitment`, how far values are from their signs; `entropy`, as in the release,
-    a bit's share; `levels`, KL of the bits' chances to those of the level before, pooled to its grid; `text`, KL of
-    chances to the text's; `usage`, KL of the chances' mean over the batch to the text's. The paper stops gradients at
-    the text, which then would never learn: here it learns from the chances as they do from it, by the same KL.
+    All are means over bits and sites:
+    `commitment`, the square of how far a level's guess is from the sum up to this level;
+    `entropy`, that of the release, a bit's share of it;
+    `levels`, KL of the chances of a guess to those of the level before, pooled to its grid;
+    `text`, KL of the chances of a guess to those of its text, and `usage`, of their mean over the batch.
+    Chances are of guesses and not of bits, as bits of all levels but the first are of what is left: were they alike,
+    all levels would say the same. The paper stops gradients at the text, which then would never learn: here it learns
+    from the chances as they do from it, by the same KL.
     """
-    chances = [chance_of(y) for y in found.y]
-    commitment = [(y - signs.detach().sign()).square().mean() for y, signs in zip(found.y, found.signs, strict=True)]
-    entropy = [entropy_loss(y.flatten(2).transpose(1, 2), ENTROPY_BETA) / y.shape[1] for y in found.y]
-    terms = {"commitment": torch.stack(commitment).sum(), "entropy": torch.stack(entropy).sum()}
-    between = [
-        bit_divergence(chance, pooled(before, model.strides.step_ratios[level - 1])).mean()
-        for level, (before, chance) in enumerate(pairwise(chances), 1)
-    ]
-    terms["levels"] = torch.stack(between).sum() if between else chances[0].new_zeros(())
-    if text is None:
-        return terms
-    given_B = text.given_B
-    target_BC = model.text_logits(text).sigmoid()[given_B]
-    of_sites = [bit_divergence(chance[given_B], target_BC[..., None, None, None]).mean() for chance in chances]
-    of_all = [bit_divergence(chance.mean((0, 2, 3, 4)), target_BC).mean() for chance in chances]
-    return {**terms, "text": torch.stack(of_sites).sum(), "usage": torch.stack(of_all).sum()}
+    chances = [chance_of(guess) for guess in found.guesses]
+    pairs = zip(found.y, found.signs, strict=True)
+    parts = {
+        "commitment": [4.0**-i * (y - signs.detach()).square().mean() for i, (y, signs) in enumerate(pairs)],
+        "entropy": [entropy_loss(y.flatten(2).transpose(1, 2), ENTROPY_BETA) / y.shape[1] for y in found.y],
+        "levels": [
+            bit_divergence(chance, pooled(before, ratio)).mean()
+            for (before, chance), ratio in zip(pairwise(chances), model.strides.step_ratios, strict=True)
+        ],
+    }
+    if text is not None:
+        given_B = text.given_B
+        target_BC = model.text_logits(text).sigmoid()[given_B]
+        of_sites_BC111 = target_BC[..., None, None, None]
+        parts["text"] = [bit_divergence(chance[given_B], of_sites_BC111).mean() for chance in chances]
+        parts["usage"] = [bit_divergence(chance.mean((0, 2, 3, 4)), target_BC).mean() for chance in chances]
+    return {name: torch.stack(of_levels).sum() for name, of_levels in parts.items() if of_levels}
 
 
-def chance_of(y: torch.Tensor) -> torch.Tensor:
-    """How likely a bit is to be 1, of what was quantized."""
-    return (2 * CHANCE_BETA * y).sigmoid()
+def chance_of(guess: torch.Tensor) -> torch.Tensor:
+    """How likely the first bit of a guess is to be 1."""
+    return (2 * CHANCE_BETA * guess).sigmoid()
 
 
 def bit_divergence(chance: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -47,9 +47,11 @@ class PyramidSizes:
 class QuantizedLevels:
     """What was quantized and its signs, (B,C,t,h,w) on the grid of each level, and their sum on the latents' grid.
 
-    All are float32; signs and sum pass gradients to what was quantized.
+    `guesses` are what each level says of the latents, of which it quantizes what the levels before have left. All are
+    float32; signs and sum pass gradients to what was quantized.
     """
 
+    guesses: tuple[torch.Tensor, ...]
     y: tuple[torch.Tensor, ...]
     signs: tuple[torch.Tensor, ...]
     values_BCthw: torch.Tensor
@@ -138,22 +140,23 @@ class Pyramid(WanVae):
         """
         if text is not None:
             self._check_text(text, encoded.mean_BCthw.shape[0])
-        found, signs, values_BCthw = [], [], None
+        guesses, found, signs, values_BCthw = [], [], [], None
         for i, level in enumerate(self.levels):
-            y_BCthw = level(encoded.taps[self.taps[i]], self.strides.tap_ratios[i])
-            known_BCthw = self._brought(values_BCthw, i)
-            if known_BCthw is not None:
-                y_BCthw = (y_BCthw - known_BCthw.detach()) * 2.0**i
+            guess_BCthw = level(encoded.taps[self.taps[i]], self.strides.tap_ratios[i])
+            before_BCthw = self._brought(values_BCthw, i)
+            known_BCthw = torch.zeros_like(guess_BCthw) if before_BCthw is None else before_BCthw.detach()
+            y_BCthw = (guess_BCthw - known_BCthw) * 2.0**i
             if text is not None and scale != 0:
                 y_BCthw = y_BCthw + scale * level.text(y_BCthw, text)
+                guess_BCthw = y_BCthw * 2.0**-i + known_BCthw
             signs_BCthw = torch.where(y_BCthw >= 0, 1.0, -1.0)
             if y_BCthw.requires_grad:
                 signs_BCthw = signs_BCthw + (y_BCthw - y_BCthw.detach())
-            values_BCthw = _added(known_BCthw, signs_BCthw, i)
-            found.append(y_BCthw)
-            signs.append(signs_BCthw)
+            values_BCthw = _added(before_BCthw, signs_BCthw, i)
+            for values, value in ((guesses, guess_BCthw), (found, y_BCthw), (signs, signs_BCthw)):
+                values.append(value)
         assert values_BCthw is not None  # the last level is on the latents' grid
-        return QuantizedLevels(y=tuple(found), signs=tuple(signs), values_BCthw=values_BCthw)
+        return QuantizedLevels(guesses=tuple(guesses), y=tuple(found), signs=tuple(signs), values_BCthw=values_BCthw)
 
     def ids_of_levels(self, found: QuantizedLevels) -> list[LevelIds]:
         """The ids of what was quantized; NO_CODE where it, or a level before, was no number.
