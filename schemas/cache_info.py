@@ -41,7 +41,6 @@ class ProductInfo:
         except (KeyError, TypeError) as error:
             raise CacheError(f"{name}: damaged ({error}): {HEAD_REMEDY}") from error
 
-
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> "ProductInfo":
         """The version that plain values are of; KeyError or TypeError where they are not of one."""

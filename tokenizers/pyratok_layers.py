@@ -53,9 +53,8 @@ class NarrowConv(CausalConv):
 
     def forward(self, x_TBHWC: torch.Tensor, memory: Memory | None) -> torch.Tensor:
         before = frames_before(self, x_TBHWC, "zeros", memory)
-        if before is None:
-            before = x_TBHWC.new_zeros((2, *x_TBHWC.shape[1:]))
-        frames = torch.cat((before, x_TBHWC))
+        known = x_TBHWC if before is None else torch.cat((before, x_TBHWC))
+        frames = F.pad(known, (0,) * 8 + (2 + len(x_TBHWC) - len(known), 0))
         beside_TBHWC = torch.cat((frames[:-2], frames[1:-1], frames[2:]), dim=-1)
         return conv_2d(beside_TBHWC, self.weight.movedim(2, 1).flatten(1, 2), self.bias)
 

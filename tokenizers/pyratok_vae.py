@@ -204,6 +204,18 @@ class WanVae(nn.Module):
         return self.quant_conv.bias.dtype
 
 
+def draw_weights(vae: WanVae) -> None:
+    """Random weights that keep the size of what goes through, for a training from the start; gains become 1."""
+    with torch.no_grad():
+        for name, value in vae.named_parameters():
+            if name.endswith("gamma"):
+                value.fill_(1)
+            elif name.endswith("bias"):
+                value.zero_()
+            elif name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
+                value.normal_(std=value[0].numel() ** -0.5)
+
+
 class EncoderStream:
     """Encodes clips whose frames come in pieces of any length, always in the same groups: one frame, four, four, .."""
 

@@ -46,13 +46,16 @@ def taps(
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """(k, i, frames): what tap k of a kernel of three sees for outputs i, i+1, .., where it sees a frame at all.
 
-    Tap 0 of output 0 sees frame `first`; frames before frame 0 are the last of `before`, where there are any.
+    Tap 0 of output 0 sees frame `first`; frames before frame 0 are the last of `before`, and zeros, which add nothing,
+    before these.
     """
+    num_known = 0 if before is None else len(before)
     for k in range(3):
         start = first + k
         num_before = min(num_out, max(0, -(start // stride)))
-        if before is not None and num_before:
-            yield k, 0, before[len(before) + start :: stride][:num_before]
+        num_zeros = min(num_before, max(0, -((start + num_known) // stride)))
+        if before is not None and num_before > num_zeros:
+            yield k, num_zeros, before[num_known + start + num_zeros * stride :: stride][: num_before - num_zeros]
         seen = frames[start + num_before * stride :: stride][: num_out - num_before]
         if len(seen):
             yield k, num_before, seen
@@ -61,14 +64,14 @@ def taps(
 def frames_before(
     layer: nn.Module, frames: torch.Tensor, padding: Padding, memory: Memory | None
 ) -> torch.Tensor | None:
-    """The two frames before `frames`, None where they are zeros; their successors are kept for the next part."""
+    """The two frames before `frames`, less those that are zeros; their successors are kept for the next part."""
     before = memory.frames.get(layer) if memory else None
     if before is None and padding == "replicate":
         before = frames[:1].expand(2, *frames.shape[1:])
     if memory:
         last = frames[-2:]
-        if len(last) < 2:
-            last = torch.cat((torch.zeros_like(frames) if before is None else before[-1:], last))
+        if len(last) < 2 and before is not None:
+            last = torch.cat((before[-1:], last))
         memory.frames[layer] = last.clone()
     return before
 
