@@ -66,7 +66,8 @@ class TokenCache:
 
         Tables: videos, duplicates, clips, products, shards, failures, files, locations; views: tokens_<product>
         with codes as lists, levels_<product> with those of each level, and tokens, all of them together.
-        code_usage('<product>') counts every code of every level, code_statistics('<product>') sums that up.
+        code_usage('<product>') counts every code of every level, code_statistics('<product>') sums that up; latents
+        and trajectories have neither, nor levels_<product>.
         """
         connection = self._connected()
         try:
@@ -150,8 +151,9 @@ class TokenCache:
     ) -> torch.Tensor:
         """The tokens of `clip_ids`, in their order: codes int32 (N,t,h,w) or latents (N,t,h,w,d).
 
-        Codes that come in levels are (N,t,h,w,L), or (N,n), one level after the other, where each has a grid of its
-        own; with `levels` those of the first few alone, and no other bytes are touched.
+        Codes that come in levels are (N,t,h,w,L), level after level in memory; where each has a grid of its own, they
+        are (N,n), one level after the other. With `levels` they are those of the first few alone, and no other bytes
+        are touched.
         Tokens are copied out of the memory-mapped files, checked against their digests on first touch unless
         `verify` is off. CacheError names clips that the product does not have.
         """
@@ -176,8 +178,9 @@ class TokenCache:
         return [part.unflatten(1, grid) for part, grid in zip(parts, grids, strict=True)]
 
     def level_grids(self, product: str, count: int | None = None) -> tuple[tuple[int, ...], ...]:
-        """The (t,h,w) grids of all levels of a product (`tokens/<name>`), or of the first `count`; CacheError where there
-        are not so many.
+        """The (t,h,w) grids of all levels of a product (`tokens/<name>`), or of the first `count`.
+
+        CacheError where there are not so many.
         """
         grids = self.info.products[product].levels
         if not grids:

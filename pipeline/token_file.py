@@ -138,7 +138,7 @@ def from_planes(planes: Mapping[str, np.ndarray], layout: TokenLayout) -> np.nda
         joined = np.concatenate(by_level, axis=1, dtype=np.int32)
         if len(layout.shape) == 1:
             return joined
-        # Level after level in memory too: to interleave them would take four times as long as to read them.
+        # Level after level in memory too: interleaving them would take longer than reading them.
         return np.moveaxis(joined.reshape(len(joined), len(layout.levels), *layout.levels[0]), 1, -1)
     kinds = {"uint16": "<u2", "float16": "<f2", "float32": "<f4", "bfloat16": "<i2"}
     values = np.ascontiguousarray(planes[LOW]).view(kinds[layout.dtype])

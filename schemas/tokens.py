@@ -15,8 +15,9 @@ class TokenizerSpec:
 
     `codebook_size` is set for discrete tokens (that of each level, where they come in levels), `latent_dim` for the
     others. `stride_thw` is how many frames, rows and columns one token covers (of levels: one of the coarsest).
-    `dtype` is the number type of the arithmetic, and `compiled` whether torch.compile orders it. `options` are the settings that its family alone knows, by name, as JSON
-    has them. `revision` rises with every change of our code that changes tokens.
+    `dtype` is the number type of the arithmetic, and `compiled` whether torch.compile orders it. `options` are the
+    settings that its family alone knows, by name, as JSON has them. `revision` rises with every change of our code that
+    changes tokens.
     """
 
     name: str

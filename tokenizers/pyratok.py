@@ -67,10 +67,6 @@ class PyraTok(WanVae):
         """Latents for `decode`, of the quantizer's values."""
         return values_BCthw if self.statistics is None else self.statistics.restored(values_BCthw)
 
-    def level_grids(self, num_frames: int, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
-        """The (t,h,w) grid of every level of a clip: those of its latents."""
-        return (self.sizes.grid_of(num_frames, height, width),) * self.lapq_quantizer.num_stages
-
     def encode_levels(self, x_BCTHW: torch.Tensor) -> list[LevelIds]:
         """The ids of every stage, of frames as `encode` takes them; NO_CODE where latents are no numbers.
 
@@ -92,8 +88,8 @@ class PyraTok(WanVae):
         if len({tuple(ids_Bthw.shape) for ids_Bthw in ids}) != 1:
             found = ", ".join(str(tuple(ids_Bthw.shape)) for ids_Bthw in ids) or "none"
             raise TokenizerError(
-                f"ids of PyraTok's release are (B,t,h,w) of all of its {self.lapq_quantizer.num_stages} levels or of the"
-                f" first, found {found}: pass them as they were made"
+                f"ids of PyraTok's release are (B,t,h,w) of all of its {self.lapq_quantizer.num_stages} levels or of"
+                f" the first, found {found}: pass them as they were made"
             )
         return self.latents_of(torch.stack(list(ids), dim=-1))
 
@@ -170,11 +166,21 @@ class ReleaseFile:
         check_tensors(found, expected, file, "PyraTok's release or of the VAE of Wan 2.1")
         return ReleaseFile(file=file, tensors=found, config=config, sizes=sizes, quantizer=quantizer)
 
+    def level_grids(self, num_frames: int, height: int, width: int) -> tuple[tuple[int, int, int], ...]:
+        """The (t,h,w) grid of every level of a clip: those of its latents."""
+        return (self.sizes.grid_of(num_frames, height, width),) * self.quantizer.num_stages
+
     def statistics(self) -> LatentStatistics:
         """Those of the folder's config.json, or of Wan 2.1 for as many channels; TokenizerError without either."""
         found = WAN_STATISTICS
         if self.config.get("latents_mean") and self.config.get("latents_std"):
-            found = LatentStatistics(mean=self.config["latents_mean"], std=self.config["latents_std"])
+            try:
+                found = LatentStatistics(mean=self.config["latents_mean"], std=self.config["latents_std"])
+            except (TypeError, ValueError) as error:
+                raise TokenizerError(
+                    f"weights {self.file.uri}: latents_mean and latents_std of config.json are not usable ({error}):"
+                    f" mend them, or do not normalize"
+                ) from None
         if len(found.mean) != self.sizes.z_dim:
             raise TokenizerError(
                 f"weights {self.file.uri}: its latents have {self.sizes.z_dim} channels, and there are statistics of"

@@ -31,6 +31,10 @@ class Strides:
         latents = sizes.stride_thw
         return Strides(taps=taps, levels=taps if native_grid else (latents,) * len(taps), latents=latents)
 
+    def last(self, count: int) -> "Strides":
+        """Those of the deepest levels alone."""
+        return Strides(taps=self.taps[-count:], levels=self.levels[-count:], latents=self.latents)
+
     @property
     def tap_ratios(self) -> list[Ratio]:
         """How many sites of each level's features share one of its ids."""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..schemas.errors import TokenizerError
 from .pyratok_autoregression import BitPredictor, LevelSites, bit_loss, sites_of, window_of
 from .pyratok_levels import pooled, spread
 from .pyratok_pyramid import Pyramid, QuantizedLevels
@@ -117,7 +118,10 @@ class PyramidTraining(nn.Module):
         return torch.stack([getattr(self.weights, name) * term for name, term in terms.items()]).sum()
 
     def _sites(self, found: QuantizedLevels, generator: torch.Generator | None) -> list[LevelSites]:
-        """The same place of all levels, one latent's or so large that the finest level has `max_sites` at most."""
+        """The same place of all levels, one latent's or so large that the finest level has `max_sites` at most.
+
+        Of one latent the last level has a single id, which foretells nothing: that level then has no gradient.
+        """
         ratios = self.model.strides.latent_ratios
         most = max(1, self.max_sites // max(every * rows * columns for every, rows, columns in ratios))
         window = window_of(tuple(found.values_BCthw.shape[2:]), most, generator)
@@ -141,7 +145,10 @@ def frozen_encoder(model: WanVae) -> WanVae:
 
 
 def measured_statistics(vae: WanVae, clips: Iterable[torch.Tensor]) -> LatentStatistics:
-    """Mean and deviation of each channel of the encoder's means, over clips (B,3,T,H,W); ValueError without any."""
+    """Mean and deviation of each channel of the encoder's means, over clips (B,3,T,H,W); ValueError without any.
+
+    TokenizerError where a channel is constant, or no number.
+    """
     moments_3C = None
     with torch.no_grad():
         for x_BCTHW in clips:
@@ -152,6 +159,12 @@ def measured_statistics(vae: WanVae, clips: Iterable[torch.Tensor]) -> LatentSta
         raise ValueError("statistics are measured of one clip or more")
     mean_C, square_C = moments_3C[1:] / moments_3C[0]
     std_C = (square_C - mean_C.square()).clamp(min=0).sqrt()
+    unusable = torch.nonzero(~(std_C > 0) | ~std_C.isfinite()).flatten().tolist()
+    if unusable:
+        raise TokenizerError(
+            f"channels {unusable} of the latents are constant or no numbers over the first clips, and cannot be"
+            f" normalized: give other clips or another VAE, or set model.normalized to false"
+        )
     return LatentStatistics(mean=tuple(mean_C.tolist()), std=tuple(std_C.tolist()))
 
 
@@ -168,8 +181,8 @@ def fit_projections(model: Pyramid, clips: Iterable[torch.Tensor]) -> None:
         if not sums:
             raise ValueError("projections are fitted to one clip or more")
         for (squares, products), layer in zip(sums, model.levels, strict=True):
-            ridge = RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype)
-            fitted = torch.linalg.solve(squares.cpu() + ridge.cpu(), products.cpu())
+            ridge = RIDGE * squares.diagonal().mean().item() * torch.eye(len(squares), dtype=squares.dtype)
+            fitted = torch.linalg.solve(squares.cpu() + ridge, products.cpu())
             layer.proj.weight.copy_(fitted[:-1].T)
             layer.proj.bias.copy_(fitted[-1])
 

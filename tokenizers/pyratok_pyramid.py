@@ -30,16 +30,19 @@ METADATA_KEY, MODE = "tokenmill.pyratok", "pyramid"
 class PyramidSizes:
     """What decides the levels beside the VAE. With `native_grid` each is on the grid of its features.
 
-    Words are embedded in `text_width` numbers; None is a pyramid that takes no text.
+    `num_levels` takes the deepest ones alone; None all, as many as the encoder has depths. Words are embedded in
+    `text_width` numbers; None is a pyramid that takes no text.
     """
 
     native_grid: bool = False
+    num_levels: int | None = None
     text_width: int | None = 32
     text_vocabulary: int = 4096
     text_heads: int = 2
 
     def __post_init__(self) -> None:
-        if min(self.text_vocabulary, self.text_heads, 1 if self.text_width is None else self.text_width) < 1:
+        given = [size for size in (self.num_levels, self.text_width) if size is not None]
+        if min(self.text_vocabulary, self.text_heads, *given) < 1:
             raise ValueError(f"sizes from 1 on: {self}")
 
 
@@ -57,14 +60,21 @@ class QuantizedLevels:
     values_BCthw: torch.Tensor
 
 
+def strides_of(sizes: VaeSizes, pyramid: PyramidSizes) -> Strides:
+    """The strides of the levels that there are."""
+    every = Strides.of(sizes, native_grid=pyramid.native_grid)
+    return every.last(pyramid.num_levels or len(every.levels))
+
+
 class PyramidHead(nn.Module):
     """What a pyramid has beside its VAE."""
 
     def __init__(self, sizes: VaeSizes, pyramid: PyramidSizes) -> None:
         super().__init__()
         width, heads = pyramid.text_width, pyramid.text_heads
+        num_levels = pyramid.num_levels or len(sizes.dim_mult)
         self.levels = nn.ModuleList(
-            [PyramidLevel(channels, sizes.z_dim, width, heads) for channels in sizes.widths[1:]]
+            [PyramidLevel(channels, sizes.z_dim, width, heads) for channels in sizes.widths[1:][-num_levels:]]
         )
         if width is not None:
             self.words = WordEmbedding(width, pyramid.text_vocabulary)
@@ -85,11 +95,14 @@ class Pyramid(WanVae):
             raise ValueError(f"1 to {MOST_BITS} bits, which the heads divide: {sizes.z_dim=} {pyramid.text_heads=}")
         if statistics is not None and len(statistics.mean) != sizes.z_dim:
             raise ValueError(f"statistics of {sizes.z_dim} channels are wanted: {len(statistics.mean)=}")
+        if (pyramid.num_levels or 1) > len(sizes.dim_mult):
+            raise ValueError(f"an encoder of {len(sizes.dim_mult)} depths has no more levels: {pyramid.num_levels=}")
         self.pyramid_sizes, self.statistics = pyramid, statistics
-        self.strides = Strides.of(sizes, native_grid=pyramid.native_grid)
+        self.strides = strides_of(sizes, pyramid)
         self.pyramid = PyramidHead(sizes, pyramid)
         blocks = enumerate(self.encoder.down_blocks)
-        self.taps = (*(f"down{i}" for i, block in blocks if isinstance(block, Down)), "mid")
+        taps = (*(f"down{i}" for i, block in blocks if isinstance(block, Down)), "mid")
+        self.taps = taps[-len(self.strides.levels) :]
 
     @property
     def levels(self) -> list[PyramidLevel]:
@@ -302,7 +315,7 @@ class PyramidFile:
 
     def level_grids(self, num_frames: int, height: int, width: int) -> tuple[Grid, ...]:
         """As of the model."""
-        strides = Strides.of(self.sizes, native_grid=self.pyramid.native_grid)
+        strides = strides_of(self.sizes, self.pyramid)
         return strides.grids_of(self.sizes.grid_of(num_frames, height, width))
 
     def build(self) -> Pyramid:

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 
 from ..schemas.errors import TokenizerError
 from ..schemas.relevance import ScorerSpec
+from .base import check_frames
 from .pyratok_pyramid import PyramidFile
 from .pyratok_quantizer import signs_of
+from .pyratok_vae import on_device
 
 
 class PyraTokScorer:
@@ -27,18 +29,22 @@ class PyraTokScorer:
                 f"weights {weights}: this pyramid was trained without texts and cannot score frames for them:"
                 f" train one with model.text_width"
             )
-        self._model, self._device = file.build().to(device), device
+        self._model, self._device = on_device(file.build(), device), device
         self.spec = ScorerSpec(name="pyratok", dim=file.sizes.z_dim, weights_sha256=file.file.sha256)
 
     @torch.inference_mode()
     def embed_frames(self, frames_THWC: np.ndarray) -> np.ndarray:
-        """float32 embeddings (T,D) of length 1 of uint8 RGB frames, whose sides the model's stride divides."""
-        x_BCTHW = torch.from_numpy(frames_THWC).to(self._device).permute(3, 0, 1, 2).unsqueeze(0)
+        """float32 embeddings (T,D) of length 1 (0 where bits cancel out) of uint8 RGB frames, whose sides the model's
+        stride divides.
+        """
+        frames_BTHWC = torch.from_numpy(frames_THWC).unsqueeze(0)
+        check_frames(frames_BTHWC, self.spec.name)
+        x_BCTHW = frames_BTHWC.to(self._device).movedim(-1, 1)
         return self.embed_codes(self._model.encode_levels(x_BCTHW)[0].ids_Bthw[0], len(frames_THWC))
 
     @torch.inference_mode()
     def embed_codes(self, codes_thw: torch.Tensor, num_frames: int) -> np.ndarray:
-        """float32 embeddings (T,D) of length 1 of the frames of a clip, of its stored codes of the first level."""
+        """float32 embeddings (T,D) as of frames, of a clip's stored codes of the first level; ValueError for others."""
         stride = self._model.strides.levels[0][0]
         of_space = self._model.sizes.stride_thw[1:]
         num_codes = self._model.level_grids(num_frames, *of_space)[0][0]
@@ -46,6 +52,9 @@ class PyraTokScorer:
             raise ValueError(
                 f"codes (t,h,w) of the first level of {num_frames} frames have t={num_codes}: {tuple(codes_thw.shape)=}"
             )
+        low, high = (int(bound) for bound in codes_thw.long().aminmax())
+        if not 0 <= low <= high < 1 << self.spec.dim:
+            raise ValueError(f"codes of this model are from 0 to {(1 << self.spec.dim) - 1}: {low=} {high=}")
         signs_tC = signs_of(codes_thw, self.spec.dim).mean((1, 2))
         latent_of_T = -(-torch.arange(num_frames, device=signs_tC.device) // stride)
         return F.normalize(signs_tC, dim=-1)[latent_of_T].cpu().numpy()

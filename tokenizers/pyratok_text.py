@@ -57,10 +57,10 @@ class WordEmbedding(nn.Module):
     def forward(self, texts: Sequence[str | None]) -> EmbeddedText:
         """The embedded words of texts, of which None is no text at all."""
         rows = [[] if text is None else self._rows_of(text) for text in texts]
-        longest = max(1, *map(len, rows))
+        longest = max([1, *map(len, rows)])
         device = self.table.weight.device
-        rows_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-        counts_B = torch.tensor([len(row) for row in rows], device=device)
+        rows_BL = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.long, device=device)
+        counts_B = torch.tensor([len(row) for row in rows], dtype=torch.long, device=device)
         mask_BL = torch.arange(longest, device=device) < counts_B[:, None]
         return EmbeddedText(text_BLE=self.table(rows_BL), mask_BL=mask_BL)
 

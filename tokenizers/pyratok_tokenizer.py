@@ -16,7 +16,7 @@ from .base import Levels, Settings, check_frames, check_multiple
 from .pyratok import PyraTok, ReleaseFile
 from .pyratok_pyramid import Pyramid, PyramidFile
 from .pyratok_quantizer import LatentStatistics, LevelIds
-from .pyratok_text import EmbeddedText
+from .pyratok_vae import on_device
 
 VARIANTS = {
     "release": "a checkpoint of hf://onkarsus13/PyraTok, or a VAE of Wan 2.1",
@@ -88,8 +88,6 @@ class PyraTokTokenizer:
         check_multiple("num_frames", num_frames, 1, self.spec.name)
         check_multiple("height", height, rows, self.spec.name)
         check_multiple("width", width, columns, self.spec.name)
-        if isinstance(self._file, ReleaseFile):
-            return (self._file.sizes.grid_of(num_frames, height, width),) * self._file.quantizer.num_stages
         return self._file.level_grids(num_frames, height, width)
 
     @torch.inference_mode()
@@ -103,7 +101,10 @@ class PyraTokTokenizer:
 
     @torch.inference_mode()
     def margins(self, frames_BTHWC: torch.Tensor) -> Levels:
-        """How far each code's least certain bit, and those of the levels before, were from turning, in latents."""
+        """How far each code's least certain bit, and those of the levels before, were from turning.
+
+        In (normalized) latents, where the first level's signs are 2 apart.
+        """
         return _as_levels([level.margins_Bthw for level in self._encode(frames_BTHWC)])
 
     @torch.inference_mode()
@@ -112,14 +113,26 @@ class PyraTokTokenizer:
 
         Clips had `num_frames`; None stands for the longest with such a grid. TokenizerError for what are no codes.
         """
-        levels = list(tokens.unbind(-1)) if isinstance(tokens, torch.Tensor) else list(tokens)
+        levels = self._levels_of(tokens)
         model = self._model
         frames: list[torch.Tensor] = []
-        for i in range(len(levels[0]) if levels else 1):
+        for i in range(len(levels[0])):
             latents_1Cthw = model.latents_of_levels([level[i : i + 1].to(self._settings.device) for level in levels])
             parts = [_to_uint8(x_BCTHW) for x_BCTHW in model.decode_parts(latents_1Cthw)]
             frames.append(self._cut(torch.cat(parts, dim=1), num_frames))
         return torch.cat(frames)
+
+    def _levels_of(self, tokens: Levels) -> list[torch.Tensor]:
+        """Each level of the same clips; TokenizerError for what are no levels."""
+        levels = list(tokens.unbind(-1)) if isinstance(tokens, torch.Tensor) and tokens.ndim else list(tokens)
+        shapes = [tuple(level.shape) for level in levels]
+        if not levels or any(len(shape) != 4 or 0 in shape or shape[0] != shapes[0][0] for shape in shapes):
+            found = f"({tuple(tokens.shape)})" if isinstance(tokens, torch.Tensor) else ", ".join(map(str, shapes))
+            raise TokenizerError(
+                f"{self.spec.name} decodes codes (B,t,h,w,L), or a tensor (B,t,h,w) for each level of the same clips,"
+                f" found {found or 'none'}: pass them as encode returns them"
+            )
+        return levels
 
     def _cut(self, frames_BTHWC: torch.Tensor, num_frames: int | None) -> torch.Tensor:
         """The frames of a clip, without those that filled it up; TokenizerError where it cannot have had so many."""
@@ -148,24 +161,19 @@ class PyraTokTokenizer:
         model, x_BCTHW = self._model, frames_BTHWC.to(self._settings.device).movedim(-1, 1)
         if isinstance(model, PyraTok):
             return model.encode_levels(x_BCTHW)
-        return model.encode_levels(x_BCTHW, self._text, self._options["text_scale"] or 0.0)
+        text = self._options["text"]
+        if text is None:
+            return model.encode_levels(x_BCTHW)
+        return model.encode_levels(x_BCTHW, model.embed_texts([text] * len(x_BCTHW)), self._options["text_scale"])
 
     @cached_property
     @torch.inference_mode(False)  # its parameters serve calls in and outside of that mode
     def _model(self) -> PyraTok | Pyramid:
-        if self._settings.device.startswith("cuda"):  # float32 means float32
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         if isinstance(self._file, ReleaseFile):
             model = self._file.build(normalized=self._options["normalized"])
         else:
             model = self._file.build()
-        return model.requires_grad_(False).to(self._settings.device, getattr(torch, self._settings.dtype))
-
-    @cached_property
-    def _text(self) -> EmbeddedText | None:
-        text = self._options["text"]
-        assert isinstance(self._model, Pyramid)
-        return self._model.embed_texts([text]) if text else None
+        return on_device(model, self._settings.device, getattr(torch, self._settings.dtype))
 
 
 def _release_options(file: ReleaseFile, values: Mapping[str, Any]) -> dict[str, Any]:

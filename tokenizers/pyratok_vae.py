@@ -7,6 +7,7 @@ go through in these groups, which change nothing but rounding.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +203,16 @@ class WanVae(nn.Module):
     def dtype(self) -> torch.dtype:
         """The number type of the weights."""
         return self.quant_conv.bias.dtype
+
+
+Vae = TypeVar("Vae", bound=WanVae)
+
+
+def on_device(vae: Vae, device: str, dtype: torch.dtype = torch.float32) -> Vae:
+    """The model where it is to compute, not to be trained. On a GPU float32 means float32."""
+    if device.startswith("cuda"):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    return vae.requires_grad_(False).to(device, dtype)
 
 
 def draw_weights(vae: WanVae) -> None:

@@ -91,3 +91,9 @@ def test_what_cannot_be_scored_is_refused(load: Load) -> None:
     _, scorer = load()
     with pytest.raises(ValueError, match="codes \\(t,h,w\\) of the first level"):
         scorer.embed_codes(torch.zeros(3, 8, 8, dtype=torch.int64), 11)
+    for code in (-1, 1 << 16):
+        with pytest.raises(ValueError, match="codes of this model are from 0 to 65535"):
+            scorer.embed_codes(torch.full((1, 8, 8), code), 1)
+    with pytest.raises(TokenizerError, match="encodes uint8 RGB frames"):
+        scorer.embed_frames(moving((0, 0, 0), 5).astype(np.float32))
+    assert scorer.embed_texts([]).shape == (0, 16)

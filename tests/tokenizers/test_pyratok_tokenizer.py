@@ -15,6 +15,7 @@ from tokenmill.tokenizers.load import load_tokenizer
 from tokenmill.tokenizers.pyratok import build_release
 from tokenmill.tokenizers.pyratok_levels import Strides
 from tokenmill.tokenizers.pyratok_pyramid import PyramidSizes, build_pyramid, save_pyramid
+from tokenmill.tokenizers.pyratok_tokenizer import PyraTokTokenizer
 from tokenmill.tokenizers.pyratok_vae import VaeSizes
 
 from .pyratok_kit import filled
@@ -133,8 +134,10 @@ def test_a_text_moves_codes_of_a_pyramid(load: Load) -> None:
         joined_levels(load("pyramid", options={"text": text, "text_scale": 0.1}).encode(clip))
         for text in ("a red ball", "two green squares")
     )
+    more = joined_levels(load("pyramid", options={"text": "a red ball", "text_scale": 0.3}).encode(clip))
     assert (plain != told).any()
     assert (other != told).any()
+    assert (more != told).any()
 
 
 def test_latents_that_are_no_numbers_have_no_code(tmp_path: Path) -> None:
@@ -157,6 +160,22 @@ def test_half_precision_gives_mostly_the_same_bits(load: Load, way: str, dtype: 
     assert differing < 0.1
 
 
+def test_normalized_latents_have_other_codes_and_come_back(load: Load) -> None:
+    clip = frames(5)
+    plain, normalized = (load("release", options={"normalized": one}) for one in (False, True))
+    codes = normalized.encode(clip)
+    assert not torch.equal(joined_levels(codes), joined_levels(plain.encode(clip)))
+    assert not torch.equal(normalized.decode(codes), plain.decode(codes))
+
+
+def test_a_batch_has_the_text_of_its_clips(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips = frames(5, num_clips=3)
+    tokenizer = load("pyramid", options={"text": "a red ball"})
+    alone = joined_levels(tokenizer.encode(clips))
+    monkeypatch.setattr(PyraTokTokenizer, "is_batched", True)  # as on a GPU
+    assert (joined_levels(tokenizer.encode(clips)) == alone).float().mean() > 0.99
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_other_frames_and_codes_are_refused(load: Load, way: str) -> None:
     tokenizer = load(way)
@@ -166,7 +185,14 @@ def test_other_frames_and_codes_are_refused(load: Load, way: str) -> None:
         tokenizer.level_grids(5, 16, 18)
     levels = levels_of(tokenizer.encode(frames(5)))
     for wrong in (
+        levels[0],
+        [levels[0], levels[1].expand(2, -1, -1, -1)],
+        torch.zeros(0, 5, 4, 4, 3, dtype=torch.int32),
         [],
+    ):
+        with pytest.raises(TokenizerError, match=r"decodes codes \(B,t,h,w,L\), or a tensor"):
+            tokenizer.decode(wrong)
+    for wrong in (
         [*levels, levels[-1]],
         [level.float() for level in levels],
         [level + (1 << 16) for level in levels],

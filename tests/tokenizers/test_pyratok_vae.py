@@ -279,6 +279,9 @@ def test_the_folder_of_a_model_loads_with_its_statistics(tmp_path: Path, num_fil
     assert normalized.statistics == LatentStatistics(mean=(1, 2, 3, 4), std=(1, 2, 2, 1))
     mean = model.encode(x).mean_BCthw
     assert (normalized.quantize(mean).ids_BthwQ != model.quantize(mean).ids_BthwQ).any()
+    (tmp_path / "config.json").write_text(json.dumps({"latents_mean": [1, 2, 3, 4], "latents_std": [1, 2, 0, 1]}))
+    with pytest.raises(TokenizerError, match=r"latents_mean and latents_std of config\.json are not usable"):
+        load_release(str(tmp_path), normalized=True)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"config\.json is not JSON"):
         load_release(str(tmp_path))
