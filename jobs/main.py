@@ -211,6 +211,9 @@ def reconstruct(
     clip_id: Annotated[str, typer.Argument(metavar="CLIP_ID", help="A clip, or the first digits of its id.")],
     output: Annotated[str, typer.Argument(metavar="OUT.mp4", help="Video to write: source left, tokens right.")],
     product: Annotated[str | None, typer.Option(help="Which tokens; the cache's only ones by default.")] = None,
+    levels: Annotated[
+        int | None, typer.Option(help="Only the first levels, of tokens that come in levels.", min=1)
+    ] = None,
     masks: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Show these masks, or tokens of trajectories, in colours instead."),
@@ -223,9 +226,11 @@ def reconstruct(
 
     if masks and product:
         raise typer.BadParameter("masks are shown in place of tokens: give one of both", param_hint="--product")
+    if masks and levels:
+        raise typer.BadParameter("levels are of tokens, masks are shown", param_hint="--levels")
     if masks:
         return show_masks(cache, clip_id, output, masks, png=png, snapshot=snapshot)
-    reconstruct_clip(cache, clip_id, output, product, png=png, snapshot=snapshot)
+    reconstruct_clip(cache, clip_id, output, product, levels=levels, png=png, snapshot=snapshot)
 
 
 @app.command()
@@ -271,6 +276,26 @@ def export(
     masks = product[0] if product else None
     opened = open_cache(cache, snapshot)
     export_trajtok(opened, output, masks, where, layout=layout or "video", root=root, per_tar=per_tar)
+
+
+@app.command()
+def train(
+    model: Annotated[Literal["pyratok"], typer.Argument(metavar="MODEL", help="What to train: pyratok.")],
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    log_json: LogJson = False,
+) -> None:
+    """Train a tokenizer on your videos; running it again resumes it. Exit code 75: asked to stop."""
+    from ..schemas.training import parse_training
+    from .recipes import load_as
+
+    loaded = load_as(parse_training, recipe, overrides or [])
+    from .display import showing
+    from .interruption import resumable
+    from .train import train_pyratok
+
+    with resumable(), showing(log_json=log_json) as display:
+        train_pyratok(loaded, display)
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Reading a recipe: YAML, then `--set key=value`, then the checks."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import fsspec
 import yaml
@@ -10,9 +11,16 @@ from ..pipeline.storage import storage_errors
 from ..schemas.errors import RecipeError, StorageError
 from ..schemas.recipe import Recipe, parse_recipe
 
+Loaded = TypeVar("Loaded")
+
 
 def load_recipe(path: str, overrides: list[str]) -> Recipe:
     """The checked recipe in the YAML file at `path` (any fsspec URL), with `a.b=value` overrides applied."""
+    return load_as(parse_recipe, path, overrides)
+
+
+def load_as(parse: Callable[[object], Loaded], path: str, overrides: list[str]) -> Loaded:
+    """What `parse` makes of the YAML file at `path`, as `load_recipe`."""
     try:
         with storage_errors(path), fsspec.open(path, "rb") as stream:
             text = stream.read()  # pyright: ignore[reportAttributeAccessIssue]
@@ -28,7 +36,7 @@ def load_recipe(path: str, overrides: list[str]) -> Recipe:
     for change in overrides:
         override(data, change)
     try:
-        return parse_recipe(data)
+        return parse(data)
     except RecipeError as error:
         raise RecipeError(f"recipe {path}: {error}") from None
 

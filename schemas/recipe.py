@@ -14,7 +14,7 @@ VIDEO_EXTENSIONS = (
 )  # fmt: skip
 NumberType = Literal["float32", "float16", "bfloat16"]
 PRODUCT_NAME = re.compile(r"[a-z][a-z0-9_]*")
-Options = TypeVar("Options", bound="Section")
+Values = TypeVar("Values", bound="Section")
 
 
 class Section(BaseModel):
@@ -192,15 +192,7 @@ class Recipe(Section):
 
 def parse_recipe(data: object) -> Recipe:
     """The recipe in `data` (as YAML gives it); RecipeError names every wrong key, what was found and accepted."""
-    if not isinstance(data, Mapping):
-        raise RecipeError(f"a recipe is a mapping of keys, found {type(data).__name__}: {_shown(data)}")
-    try:
-        recipe = Recipe.model_validate(data)
-    except ValidationError as error:
-        wrong = error.errors()
-        # A list is also "too short" when its items are wrong: the items say why.
-        inner = [one for one in wrong if one["type"] != "too_short"] or wrong
-        raise RecipeError("; ".join(dict.fromkeys(_explain(one) for one in inner))) from None
+    recipe = checked(Recipe, data)
     if not recipe.tokens and not recipe.masks:
         raise RecipeError("tokens: missing; every recipe needs tokens, masks or both")
     for section, name in (*(("tokens", name) for name in recipe.tokens), *(("masks", name) for name in recipe.masks)):
@@ -212,7 +204,20 @@ def parse_recipe(data: object) -> Recipe:
     return recipe
 
 
-def parse_options(model: type[Options], values: Mapping[str, Any]) -> Options:
+def checked(model: type[Values], data: object) -> Values:
+    """The `model` in `data` (as YAML gives it); RecipeError names every wrong key, what was found and accepted."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"a recipe is a mapping of keys, found {type(data).__name__}: {_shown(data)}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        wrong = error.errors()
+        # A list is also "too short" when its items are wrong: the items say why.
+        inner = [one for one in wrong if one["type"] != "too_short"] or wrong
+        raise RecipeError("; ".join(dict.fromkeys(_explain(one, model) for one in inner))) from None
+
+
+def parse_options(model: type[Values], values: Mapping[str, Any]) -> Values:
     """The `options` of a section; RecipeError names every wrong key below ``options``."""
     try:
         return model.model_validate(values)
@@ -221,7 +226,7 @@ def parse_options(model: type[Options], values: Mapping[str, Any]) -> Options:
         raise RecipeError("; ".join(dict.fromkeys(_explain(one, model, ("options",)) for one in wrong))) from None
 
 
-def _explain(error: Any, model: type[BaseModel] = Recipe, above: tuple[str, ...] = ()) -> str:
+def _explain(error: Any, model: type[BaseModel], above: tuple[str, ...] = ()) -> str:
     """One wrong key of a `model`, which stands below the keys `above`, in one phrase."""
     path = [*above, *(str(part) for part in error["loc"])]
     kind, context = error["type"], error.get("ctx", {})
@@ -253,7 +258,7 @@ def _keys_at(path: list[str], model: type[BaseModel]) -> list[str]:
     """The keys that `model` accepts below `path`."""
     sources = {get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(AnySource)}
     for part in path:
-        if part in sources and model is Recipe:
+        if part in sources and "sources" in model.model_fields:
             model = sources[part]
         elif part in model.model_fields:
             annotation = model.model_fields[part].annotation

@@ -96,14 +96,14 @@ class PyramidTraining(nn.Module):
         every, weights, model = self.model.sizes.stride_thw[0], self.weights, self.model
         if x_BCTHW.ndim != 5 or x_BCTHW.shape[2] % every != 1 % every:
             raise ValueError(f"training takes frames (B,3,1+{every}k,H,W): {tuple(x_BCTHW.shape)=}")
-        if x_BCTHW.dtype == torch.uint8:
-            x_BCTHW = x_BCTHW.float() / 127.5 - 1
+        x_BCTHW = _in_range(x_BCTHW)
         text = None if texts is None or all(text is None for text in texts) else model.embed_texts(texts)
         found = model.quantize(model.encode(x_BCTHW, model.taps, in_groups=False), text, self.text_scale)
         latents = model.restored(found.values_BCthw)
         terms: dict[str, torch.Tensor] = {}
         if weights.reconstruction:
-            terms["reconstruction"] = reconstruction_loss(model.decode(latents, None), x_BCTHW, self.perceptual)
+            made_BCTHW = model.decode(latents, None, clamped=False)
+            terms["reconstruction"] = reconstruction_loss(made_BCTHW, x_BCTHW, self.perceptual)
         if weights.codebook:
             terms["codebook"] = torch.stack(list(codebook_terms(model, found, text).values())).sum()
         if self.predictor is not None:
@@ -112,6 +112,22 @@ class PyramidTraining(nn.Module):
         if self.reference is not None:
             terms["drift"] = self._drift(x_BCTHW, latents)
         return terms
+
+    def vae_loss(self, x_BCTHW: torch.Tensor) -> torch.Tensor:
+        """The squared error of the VAE alone, without levels, of frames as `forward` takes them."""
+        mean_BCthw = self.model.encode(x_BCTHW, in_groups=False).mean_BCthw
+        return F.mse_loss(self.model.decode(mean_BCthw, None, clamped=False), _in_range(x_BCTHW))
+
+    def begin_levels(self, clips: Sequence[torch.Tensor], *, normalized: bool) -> None:
+        """Let levels begin with the VAE as it is: its statistics, if wanted, what they guess, and what drift is from.
+
+        Clips are (B,3,T,H,W).
+        """
+        if normalized:
+            self.model.statistics = measured_statistics(self.model, clips)
+        fit_projections(self.model, clips)
+        if self.reference is not None:
+            self.reference = frozen_encoder(self.model)
 
     def total(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The sum of the terms, weighted."""
@@ -133,6 +149,11 @@ class PyramidTraining(nn.Module):
             mean_BCthw = self.reference.encode(x_BCTHW, in_groups=False).mean_BCthw.float()
         std = 1.0 if self.model.statistics is None else torch.tensor(self.model.statistics.std)
         return drift_loss(latents_BCthw, mean_BCthw, torch.as_tensor(std, device=mean_BCthw.device))
+
+
+def _in_range(x_BCTHW: torch.Tensor) -> torch.Tensor:
+    """Frames in [-1,1], of such ones or of uint8."""
+    return x_BCTHW.float() / 127.5 - 1 if x_BCTHW.dtype == torch.uint8 else x_BCTHW
 
 
 def frozen_encoder(model: WanVae) -> WanVae:

@@ -172,14 +172,17 @@ class WanVae(nn.Module):
         stream = EncoderStream(self, taps, in_groups=in_groups)
         return Encoded.joined([*stream.push(x_BCTHW), *stream.finish()])
 
-    def decode(self, z_BCthw: torch.Tensor, part: int | None = 1) -> torch.Tensor:
+    def decode(self, z_BCthw: torch.Tensor, part: int | None = 1, *, clamped: bool = True) -> torch.Tensor:
         """Frames (B,3,T,H,W) in [-1,1] of latents: one of the first, four of each later one.
 
-        `part` latent frames are in work at a time, all for None, which changes nothing but rounding.
+        `part` latent frames are in work at a time, all for None, which changes nothing but rounding. What is not
+        `clamped` reaches beyond that range, and has gradients there.
         """
-        return torch.cat(list(self.decode_parts(z_BCthw, part)), dim=2)
+        return torch.cat(list(self.decode_parts(z_BCthw, part, clamped=clamped)), dim=2)
 
-    def decode_parts(self, z_BCthw: torch.Tensor, part: int | None = 1) -> Iterator[torch.Tensor]:
+    def decode_parts(
+        self, z_BCthw: torch.Tensor, part: int | None = 1, *, clamped: bool = True
+    ) -> Iterator[torch.Tensor]:
         """The frames of `decode`, some (B,3,n,H,W) after the other as they are made; ValueError as there."""
         if z_BCthw.ndim != 5 or z_BCthw.shape[1] != self.sizes.z_dim or 0 in z_BCthw.shape:
             raise ValueError(f"latents are (B,{self.sizes.z_dim},t,h,w), none of them 0: {tuple(z_BCthw.shape)=}")
@@ -188,7 +191,8 @@ class WanVae(nn.Module):
         z_TBHWC = self.post_quant_conv(z_BCthw.permute(2, 0, 3, 4, 1).to(self.dtype).contiguous())
         memory = Memory()
         for z in z_TBHWC.split(part or len(z_TBHWC)):
-            yield self.decoder(z, memory).clamp(-1, 1).permute(1, 4, 0, 2, 3)
+            x_TBHWC = self.decoder(z, memory)
+            yield (x_TBHWC.clamp(-1, 1) if clamped else x_TBHWC).permute(1, 4, 0, 2, 3)
 
     def encode_group(self, x_TBHWC: torch.Tensor, memory: Memory | None, taps: Collection[str]) -> Encoded:
         """The posterior of frames (T,B,H,W,3) after those that `memory` knows."""

@@ -8,6 +8,7 @@ import yaml
 
 from tokenmill.schemas.errors import RecipeError
 from tokenmill.schemas.recipe import Recipe, parse_recipe
+from tokenmill.schemas.training import parse_training
 
 GOOD: dict[str, Any] = {
     "cache": "out/cache",
@@ -78,7 +79,8 @@ def test_the_json_schema_names_every_section() -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_is_a_valid_recipe(path: Path) -> None:
-    parse_recipe(yaml.safe_load(path.read_text()))
+    parse = parse_training if path.name.startswith("train_") else parse_recipe
+    parse(yaml.safe_load(path.read_text()))
 
 
 def test_the_full_example_shows_every_key_and_its_default() -> None:
