@@ -91,7 +91,7 @@ def _train(
     """The learner after the last step."""
     torch.manual_seed(recipe.training.seed)
     device = _device(recipe.training.device)
-    model = (_kept_model(kept, folder) if kept else _first_model(recipe.model)).to(device)
+    model = (_kept_model(kept, folder) if kept else _first_model(recipe.model, recipe.training.seed)).to(device)
     _check_clips(recipe, model.sizes)
     plan = plan_once(recipe.reading, folder, display)
     order = ClipOrder(plan, recipe.training.seed)
@@ -131,7 +131,7 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _first_model(section: PyramidSection) -> Pyramid:
+def _first_model(section: PyramidSection, seed: int) -> Pyramid:
     """The pyramid at step 0: its VAE as the recipe names it, all else random."""
     try:
         vae = load_release(section.vae) if section.vae else None
@@ -143,7 +143,7 @@ def _first_model(section: PyramidSection) -> Pyramid:
     except (TokenizerError, ValueError) as error:
         raise RecipeError(f"model: {error}") from None
     if vae is None:
-        draw_weights(model)
+        draw_weights(model, seed)
     else:
         own = model.state_dict().keys()
         model.load_state_dict({key: value for key, value in vae.state_dict().items() if key in own}, strict=False)

@@ -52,7 +52,7 @@ class Learner:
         The first `vae_steps` have the squared error of the VAE alone.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_at(self.step, self.section)
+            group["lr"] = learning_rate_at(self.step, self.section, self.vae_steps)
         drawn = torch.Generator().manual_seed(int(digest_of([self.section.seed, self.step])[:15], 16))
         if self.step < self.vae_steps:
             terms = {"squared_error": self.training.vae_loss(x_BCTHW)}
@@ -104,12 +104,18 @@ class Learner:
         self.step = kept["step"]
 
 
-def learning_rate_at(step: int, section: LearningSection) -> float:
-    """The learning rate of a step, from 0: it rises in `warmup_steps`, then stays, or falls to 0 as a cosine does."""
+def learning_rate_at(step: int, section: LearningSection, vae_steps: int = 0) -> float:
+    """The learning rate of a step, from 0: it rises in `warmup_steps`, then stays, or falls to 0 as a cosine does.
+
+    That of the VAE alone rises and stays; that of the levels begins anew.
+    """
+    if step < vae_steps:
+        return section.vae_learning_rate * min(1.0, (step + 1) / (section.warmup_steps + 1))
+    step, steps = step - vae_steps, section.steps - vae_steps
     rate = section.learning_rate * min(1.0, (step + 1) / (section.warmup_steps + 1))
     if section.schedule == "constant" or step < section.warmup_steps:
         return rate
-    done = (step - section.warmup_steps) / max(1, section.steps - section.warmup_steps)
+    done = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
     return rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -140,7 +146,7 @@ def take_steps(learner: Learner, stream: ClipStream, captions_of: CaptionsOf, fo
             meter.num_steps += 1
             if is_shown:
                 line = {"step": step, **{name: term.item() for name, term in terms.items()}, "psnr": psnr}
-                line |= {"learning_rate": learning_rate_at(step, section), **meter.take()}
+                line |= {"learning_rate": learning_rate_at(step, section, learner.vae_steps), **meter.take()}
                 line = {name: value if name == "step" else float(f"{value:.6g}") for name, value in line.items()}
                 add_metrics(folder, line)
                 display.event("step", **line)

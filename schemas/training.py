@@ -74,6 +74,7 @@ class LearningSection(Section):
         ge=0,
         description="first steps, which train the VAE alone; null: 200 for random weights, none for those of model.vae",
     )
+    vae_learning_rate: float = Field(default=3e-3, gt=0, le=1, description="of the steps of the VAE alone")
     batch_size: int = Field(default=4, ge=1, description="clips in a step")
     learning_rate: float = Field(
         default=1e-3, gt=0, le=1, description="the paper has 1e-5, beginning with a trained VAE"

@@ -219,8 +219,12 @@ def on_device(vae: Vae, device: str, dtype: torch.dtype = torch.float32) -> Vae:
     return vae.requires_grad_(False).to(device, dtype)
 
 
-def draw_weights(vae: WanVae) -> None:
-    """Random weights that keep the size of what goes through, for a training from the start; gains become 1."""
+def draw_weights(vae: WanVae, seed: int) -> None:
+    """Random weights that keep the size of what goes through, for a training from the start; gains become 1.
+
+    They follow from the sizes of the VAE and `seed` alone, whatever is above it.
+    """
+    drawn = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in vae.named_parameters():
             if name.endswith("gamma"):
@@ -228,7 +232,7 @@ def draw_weights(vae: WanVae) -> None:
             elif name.endswith("bias"):
                 value.zero_()
             elif name.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")):
-                value.normal_(std=value[0].numel() ** -0.5)
+                value.normal_(std=value[0].numel() ** -0.5, generator=drawn)
 
 
 class EncoderStream:
