@@ -1,11 +1,14 @@
 """Jobs with PyraTok: levels of codes on real footage, from run to reconstruction, and the same by any worker."""
 
 import hashlib
+import io
+import json
 import math
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,6 +128,40 @@ def test_bytes_are_two_for_each_code(
         schema = pq.read_schema(path)
         sizes = [schema.field(name).type.byte_width for name in widths if name.startswith("level_")]
         assert sizes == [2 * math.prod(grid)] * 4
+
+
+@pytest.mark.parametrize("name", ["pyramid.safetensors", "native.safetensors"])
+def test_levels_are_in_tars_and_estimates_too(
+    tokenmill: Command,
+    write_recipe: WriteRecipe,
+    weights: Callable[[str], str],
+    footage: Path,
+    tmp_path: Path,
+    name: str,
+) -> None:
+    tokens = {"codes": {"tokenizer": "pyratok/pyramid", "weights": weights(name)}}
+    recipe = write_recipe([footage / "carphone_pristine.mp4"], clips=CLIPS, tokens=tokens)
+    done = tokenmill("run", recipe, "--set", "shards.format=both")
+    assert done.code == 0, done.err
+    assert tokenmill("export", "webdataset", "cache", "tars").code == 0
+    cache = open_cache(str(tmp_path / "cache"))
+    levels = cache.info.products["tokens/codes"].levels
+    for path in [*(tmp_path / "cache" / "webdataset").glob("*.tar"), *(tmp_path / "tars").glob("*.tar")]:
+        with tarfile.open(path) as tar:
+            for member in tar.getmembers():
+                data = tar.extractfile(member).read()  # pyright: ignore[reportOptionalMemberAccess]
+                clip_id = member.name.partition(".")[0]
+                if member.name.endswith(".npy"):
+                    found = np.load(io.BytesIO(data))
+                    assert found.dtype == np.uint16
+                    assert np.array_equal(found, cache.read("codes", [clip_id])[0].numpy())
+                else:
+                    said = json.loads(data)["products"]["codes"]
+                    assert tuple(map(tuple, said["levels"])) == levels
+    done = tokenmill("estimate", recipe, "--set", "cache=other", "--clips", "2")
+    assert done.code == 0, done.err
+    num_tokens = sum(math.prod(grid) for grid in levels) * len(cache.clips())
+    assert f"{num_tokens:,}" in done.out
 
 
 def test_a_text_moves_codes_and_is_recorded(

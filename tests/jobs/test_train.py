@@ -386,6 +386,8 @@ def test_the_learning_rate_rises_and_stays_or_falls_as_a_cosine() -> None:
     assert learning_rate_at(103, section) == 1.0
     cosine = section.model_copy(update={"schedule": "cosine"})
     assert [learning_rate_at(step, cosine) for step in (3, 4, 54, 104)] == pytest.approx([0.8, 1.0, 0.5, 0.0])
+    after_the_vae = [learning_rate_at(step, section, 50) for step in (0, 49, 50, 54, 90)]
+    assert after_the_vae == pytest.approx([0.2 * section.vae_learning_rate, section.vae_learning_rate, 0.2, 1.0, 1.0])
 
 
 def test_a_loss_that_is_no_number_ends_the_training_and_says_what_to_change() -> None:
