@@ -62,5 +62,7 @@ class PyraTokScorer:
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """float32 embeddings (N,D) of length 1 of texts."""
+        if not texts:
+            return np.zeros((0, self.spec.dim), np.float32)
         logits_ND = self._model.text_logits(self._model.embed_texts(texts))
         return F.normalize(torch.tanh(logits_ND / 2), dim=-1).cpu().numpy()  # the mean sign of a bit

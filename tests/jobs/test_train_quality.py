@@ -157,7 +157,7 @@ def test_four_levels_are_better_than_one_at_equal_steps(data: Data) -> None:
         training = PyramidTraining(model, weights)
         if vae is None:
             draw_weights(model, 0)
-            steps(training.vae_loss, training, data, 150, learning_rate=3e-3)
+            steps(training.vae_loss, training, data, 300, learning_rate=3e-3)
             vae = {key: value.clone() for key, value in model.state_dict().items() if not key.startswith("pyramid.")}
         model.load_state_dict(vae, strict=False)
         training.begin_levels(list(data.x_BCTHW.split(1)), normalized=True)
