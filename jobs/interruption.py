@@ -76,7 +76,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     _draining.set()
     signal.setitimer(signal.ITIMER_REAL, max(grace_s, 1e-6))
     # Not through the display: the signal may have come in the middle of its own writing.
-    said = f"\ntokenmill: stopping, running shards have {grace_s:g} s to finish; once more stops at once\n"
+    said = f"\ntokenmill: stopping, what is running has {grace_s:g} s to finish; once more stops at once\n"
     with contextlib.suppress(OSError, AttributeError):  # where there is no standard error
         os.write(sys.__stderr__.fileno(), said.encode())  # pyright: ignore[reportOptionalMemberAccess]
 

@@ -291,11 +291,7 @@ class PyramidFile:
     @staticmethod
     def read(weights: str) -> "PyramidFile":
         """The file at a path or URL; TokenizerError unless it is one of a pyramid and every tensor fits."""
-        return PyramidFile.of(fetch_weights(weights))
-
-    @staticmethod
-    def of(file: WeightsFile) -> "PyramidFile":
-        """The same of a file that was fetched."""
+        file = fetch_weights(weights)
         said = _metadata(file)
         try:
             sizes, pyramid = VaeSizes(**said["vae"]), PyramidSizes(**said["pyramid"])
@@ -325,11 +321,6 @@ class PyramidFile:
         model = model.to_empty(device="cpu")
         load_tensors(model, self.tensors)
         return model.requires_grad_(False)
-
-
-def load_pyramid(weights: WeightsFile) -> Pyramid:
-    """The pyramid of a file that `save_pyramid` wrote; TokenizerError for any other."""
-    return PyramidFile.of(weights).build()
 
 
 def _metadata(file: WeightsFile) -> dict[str, Any]:

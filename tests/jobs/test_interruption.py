@@ -123,7 +123,7 @@ def test_a_job_that_is_asked_to_stop_finishes_its_shard_and_says_how_to_resume(
     job.send_signal(number)
     _, said = job.communicate(timeout=60)
     assert job.returncode == 75, said
-    assert "running shards have 60 s to finish; once more stops at once" in said
+    assert "what is running has 60 s to finish; once more stops at once" in said
     assert "stopped; what was committed is kept, the same command resumes" in said
     counts = [len(list((tmp_path / "cache" / "manifests" / p).glob("*.json"))) for p in ("clips", "tokens/fake")]
     assert counts[0] == counts[1] < 16

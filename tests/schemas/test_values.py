@@ -65,7 +65,10 @@ def trajectory_tokens(values_Nd: np.ndarray, num_slots: int, assignment: np.ndar
         (lambda: TokenizerSpec(**SPEC | {"codebook_size": None}), "discrete tokens need a codebook of 2 or more"),
         (lambda: TokenizerSpec(**SPEC | {"kind": "continuous"}), "continuous tokens need a positive latent_dim"),
         (lambda: TokenizerSpec(**SPEC | {"stride_thw": (0, 1, 1)}), "strides must be positive"),
-        (lambda: TokenGrid(values_thw=np.zeros((2, 2)), num_valid=1), r"a token grid is \(t,h,w\), \(t,h,w,d\) or \(n,\)"),
+        (
+            lambda: TokenGrid(values_thw=np.zeros((2, 2)), num_valid=1),
+            r"a token grid is \(t,h,w\), \(t,h,w,d\) or \(n,\)",
+        ),
         (lambda: TokenGrid(values_thw=np.zeros((2, 2, 2)), num_valid=0), "one real frame or more"),
         (
             lambda: trajectory_tokens(np.zeros(3), 3),

@@ -22,13 +22,11 @@ from tokenmill.tokenizers.pyratok_pyramid import (
     PyramidFile,
     PyramidSizes,
     build_pyramid,
-    load_pyramid,
     save_pyramid,
 )
 from tokenmill.tokenizers.pyratok_quantizer import LatentStatistics, LevelIds, signs_of
 from tokenmill.tokenizers.pyratok_text import MOST_WORDS, EmbeddedText, WordEmbedding
 from tokenmill.tokenizers.pyratok_vae import EncoderStream, VaeSizes
-from tokenmill.tokenizers.weights import fetch_weights
 
 from .pyratok_kit import TINY, draw, filled
 
@@ -299,7 +297,7 @@ def test_a_saved_pyramid_loads_as_it_was(tmp_path: Path, *, native_grid: bool) -
     assert (file.sizes, file.pyramid, file.statistics) == (SIZES, model.pyramid_sizes, STATISTICS)
     assert file.extra == {"step": "12", "data": "clips"}
     assert file.level_grids(9, 16, 24) == model.level_grids(9, 16, 24)
-    loaded = load_pyramid(fetch_weights(path))
+    loaded = file.build()
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
     for (key, value), (other, wanted) in zip(loaded.state_dict().items(), model.state_dict().items(), strict=True):
