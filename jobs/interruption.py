@@ -55,7 +55,10 @@ def resumable() -> Iterator[None]:
     """Ends the process with one line and `exit_code` where the job inside is stopped."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Exception) as error:
+        # A library that was called may have made an error of its own of the interrupt.
+        if not isinstance(error, KeyboardInterrupt) and not _interrupted.is_set():
+            raise
         how = "stopped" if exit_code() == STOPPED else "interrupted"
         print(f"tokenmill: {how}; what was committed is kept, the same command resumes", file=sys.stderr)
         sys.exit(exit_code())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tokenmill.jobs import interruption
 from tokenmill.jobs.interruption import draining, exit_code, heed_interrupts, raise_if_interrupted
 
 # A shell that runs the tests in the background has SIGINT ignored, and processes inherit that.
@@ -137,8 +138,21 @@ def test_a_job_that_is_asked_twice_stops_at_once(start: Start, tmp_path: Path) -
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
         os.kill(job.pid, number)
     _, said = job.communicate(timeout=60)
-    assert job.returncode == 130
+    assert job.returncode == 130, said
     assert "interrupted; what was committed is kept, the same command resumes" in said
+
+
+def test_an_interrupt_that_a_library_made_an_error_of_is_still_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="of the job"), interruption.resumable():
+        raise ValueError("of the job")
+    interruption._interrupted.set()
+    try:
+        with pytest.raises(SystemExit) as ended, interruption.resumable():
+            raise RuntimeError("what the library said")
+    finally:
+        interruption._interrupted.clear()
+    assert ended.value.code in (interruption.STOPPED, interruption.INTERRUPTED)
+    assert "what was committed is kept" in capsys.readouterr().err
 
 
 def test_without_grace_the_shard_in_hand_is_left(start: Start, tmp_path: Path) -> None:
