@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -142,15 +143,15 @@ def test_a_job_that_is_asked_twice_stops_at_once(start: Start, tmp_path: Path) -
     assert "interrupted; what was committed is kept, the same command resumes" in said
 
 
-def test_an_interrupt_that_a_library_made_an_error_of_is_still_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_that_a_library_made_an_error_of_is_still_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(interruption, "_interrupted", threading.Event())
     with pytest.raises(ValueError, match="of the job"), interruption.resumable():
         raise ValueError("of the job")
     interruption._interrupted.set()
-    try:
-        with pytest.raises(SystemExit) as ended, interruption.resumable():
-            raise RuntimeError("what the library said")
-    finally:
-        interruption._interrupted.clear()
+    with pytest.raises(SystemExit) as ended, interruption.resumable():
+        raise RuntimeError("what the library said")
     assert ended.value.code in (interruption.STOPPED, interruption.INTERRUPTED)
     assert "what was committed is kept" in capsys.readouterr().err
 
