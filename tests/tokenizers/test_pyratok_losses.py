@@ -1,6 +1,6 @@
 """Terms of a pyramid's training are what their formulas say, reach all projections, and fall as they are followed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any
 
@@ -36,13 +36,7 @@ TERMS = ("reconstruction", "codebook", "autoregression", "drift")
 TEXTS = ["a red square moves left", "a blue one moves up"]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Layers so small are done before a second thread of a busy machine begins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(*, native_grid: bool = False) -> Pyramid:

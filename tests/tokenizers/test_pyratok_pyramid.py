@@ -35,14 +35,13 @@ STATISTICS = LatentStatistics(mean=[0.1 * i for i in range(8)], std=[0.2 + 0.1 *
 GRIDS = pytest.mark.parametrize("native_grid", [False, True])
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _no_grad_and_one_thread() -> Iterator[None]:
-    """Layers so small are done before a second thread of a busy machine begins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def tiny(*, native_grid: bool = False, **more: Any) -> Pyramid:

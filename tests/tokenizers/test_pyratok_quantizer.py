@@ -1,7 +1,6 @@
 """The quantizer gives the golden ids, losses and gradients; its ids are bits, and come back as the same values."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,13 +24,7 @@ NAMES = [name for name, case in CASES.items() if case["kind"] == "residual_lapq"
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tensors so small are done before a second thread of a busy machine begins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quantizer_and_inputs(name: str) -> tuple[ResidualSignQuantizer, torch.Tensor, torch.Tensor | None]:

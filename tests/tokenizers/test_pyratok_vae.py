@@ -28,14 +28,13 @@ CASE = CASES["wan_tiny"]
 TEXT = QuantizerSizes(text_embed_dim=12, text_input_dim=20, text_hidden_dim=16)
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture(autouse=True)
-def _no_grad_and_one_thread() -> Iterator[None]:
-    """Layers so small are done before a second thread of a busy machine begins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-    torch.set_num_threads(threads)
 
 
 def tiny() -> PyraTok:

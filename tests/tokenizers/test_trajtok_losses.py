@@ -1,6 +1,5 @@
 """Labels, matching and losses are those of the published training."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -20,14 +19,7 @@ from tokenmill.tokenizers.trajtok_model import Segmentation
 
 from .trajtok_kit import GOLDEN, TINY, clip_with_ids, normalized
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Several wait for each other where the machine has more to do."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_labels_matching_and_losses_are_the_golden_ones() -> None:
