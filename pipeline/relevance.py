@@ -1,36 +1,66 @@
 """How much frames matter to a text: the product of their embeddings, and where in a clip it is large."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from ..schemas.relevance import ScorerSpec
+from ..schemas.relevance import Calibration, ScorerSpec
 
+ALIKE = 1e-6  # scores of a video with a smaller standard deviation do not differ
 WINDOW_FRAMES = 25  # that a score is smoothed over (PyraTok, arXiv:2601.16210)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "grey": (128,) * 3}
 
 
+@runtime_checkable
 class FrameScorer(Protocol):
-    """Brings frames and texts into one space, so that frames can be scored for texts that come later."""
+    """Says how much frames matter to a text by looking at both together. Holds the weights, if it has any."""
+
+    @property
+    def spec(self) -> ScorerSpec:
+        """What decides the scores, apart from frames and texts; `dim` is None."""
+        ...
+
+    def score(self, frames_NHWC: np.ndarray, text: str) -> np.ndarray:
+        """Raw scores (N,) float32 of uint8 RGB frames of one size, higher where a frame matters more."""
+        ...
+
+
+@runtime_checkable
+class FrameEncoder(Protocol):
+    """Brings frames and texts into one space, so that frames are scored for texts that come later: by their cosine."""
 
     @property
     def spec(self) -> ScorerSpec:
         """What decides the embeddings, apart from frames and texts."""
         ...
 
-    def embed_frames(self, frames_THWC: np.ndarray) -> np.ndarray:
-        """float32 embeddings (T,D) of length 1 of the uint8 RGB frames of a clip."""
+    def embed_frames(self, frames_NHWC: np.ndarray) -> np.ndarray:
+        """float32 embeddings (N,D) of length 1 of uint8 RGB frames of one size; those of one clip in their order where
+        `spec.of` is "clip".
+        """
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 embeddings (N,D) of length 1."""
+        """float32 embeddings (N,D) of length 1; TokenizerError where it takes no texts."""
         ...
 
 
 def relevance(frames_TD: np.ndarray, text_D: np.ndarray) -> np.ndarray:
     """How much each frame matters to a text (T,): the cosine of their embeddings, which have length 1."""
     return frames_TD @ text_D
+
+
+def calibrated(raw_N: np.ndarray, videos_N: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """float64 p (N,) in (0,1) of raw scores of frames for one text; `videos_N` says which are of the same video."""
+    raw_N = np.asarray(raw_N, np.float64)
+    if calibration.rule == "standardized":
+        _, video_N = np.unique(videos_N, return_inverse=True)
+        counts = np.bincount(video_N)
+        apart_N = raw_N - (np.bincount(video_N, raw_N) / counts)[video_N]
+        deviations_N = np.sqrt(np.bincount(video_N, apart_N**2) / counts)[video_N]
+        raw_N = np.divide(apart_N, deviations_N, out=np.zeros_like(apart_N), where=deviations_N > ALIKE)
+    return 1 / (1 + np.exp(-(calibration.scale * raw_N + calibration.offset)))
 
 
 def smoothed(scores_T: np.ndarray, window: int = WINDOW_FRAMES) -> np.ndarray:
@@ -61,13 +91,13 @@ def unit(vectors_ND: np.ndarray) -> np.ndarray:
     return (vectors_ND / np.where(lengths_N1 > 0, lengths_N1, 1)).astype(np.float32)
 
 
-class FakeScorer:
+class FakeEncoder:
     """Knows colours: the mean colour of a frame, and that of the COLOURS that a text names."""
 
     spec = ScorerSpec(name="fake", dim=3, weights_sha256=None)
 
-    def embed_frames(self, frames_THWC: np.ndarray) -> np.ndarray:
-        return unit(frames_THWC.mean((1, 2)) - 64)
+    def embed_frames(self, frames_NHWC: np.ndarray) -> np.ndarray:
+        return unit(frames_NHWC.mean((1, 2)) - 64)
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         named = [[COLOURS[word] for word in text.lower().split() if word in COLOURS] for text in texts]

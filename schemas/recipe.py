@@ -134,6 +134,39 @@ class MasksSection(Section):
     options: dict[str, Any] = Field(default={}, description="what the segmenter alone knows")
 
 
+class CalibrationSection(Section):
+    """How raw scores become p in (0,1), in place of the encoder's own way; no product is made anew for it."""
+
+    rule: Literal["sigmoid", "standardized"] = Field(
+        default="standardized", description="of the raw score, or of how far it is from those of its video"
+    )
+    scale: float = Field(default=2.0, allow_inf_nan=False)
+    offset: float = Field(default=-1.0, allow_inf_nan=False)
+
+
+class EncoderSection(Section):
+    """One product of embeddings of frames: which encoder, and with what weights and arithmetic."""
+
+    encoder: str = Field(min_length=1, description="look, transformers, open_clip, trajtok or pyratok")
+    weights: str | None = Field(default=None, description="path or fsspec URL, where the encoder has any")
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+    dtype: NumberType = Field(default="float32", description="number type of the arithmetic")
+    batch_size: int = Field(default=16, ge=1, description="frames in one model call, part of the fingerprint")
+    options: dict[str, Any] = Field(default={}, description="what the encoder alone knows")
+    calibration: CalibrationSection | None = Field(default=None, description="null: the encoder's own")
+
+
+class FramesSection(Section):
+    """Which frames of a clip can be asked for, and what they are embedded by, so that queries that come later are scored
+    without video.
+    """
+
+    fps: Literal["all"] | Annotated[float, Field(gt=0, le=1000)] = Field(
+        default=1.0, description="candidate frames a second, of those that are sampled; or all of these"
+    )
+    encoders: dict[str, EncoderSection] = Field(default={}, description="products of embeddings, by name")
+
+
 class DecodeSection(Section):
     """Which library reads the frames (auto is decord, and PyAV where decord cannot or errs), and where.
 
@@ -182,6 +215,7 @@ class Recipe(Section):
     clips: ClipsSection = ClipsSection()
     tokens: dict[str, TokensSection] = Field(default={}, description="products of tokens, by name")
     masks: dict[str, MasksSection] = Field(default={}, description="products of masks, by name")
+    frames: FramesSection | None = Field(default=None, description="candidate frames, their scores and embeddings")
     decode: DecodeSection = DecodeSection()
     shards: ShardsSection = ShardsSection()
     executor: ExecutorSection = ExecutorSection()
@@ -193,9 +227,11 @@ class Recipe(Section):
 def parse_recipe(data: object) -> Recipe:
     """The recipe in `data` (as YAML gives it); RecipeError names every wrong key, what was found and accepted."""
     recipe = checked(Recipe, data)
-    if not recipe.tokens and not recipe.masks:
-        raise RecipeError("tokens: missing; every recipe needs tokens, masks or both")
-    for section, name in (*(("tokens", name) for name in recipe.tokens), *(("masks", name) for name in recipe.masks)):
+    if not recipe.tokens and not recipe.masks and not recipe.frames:
+        raise RecipeError("tokens: missing; every recipe needs tokens, masks or frames")
+    encoders = recipe.frames.encoders if recipe.frames else {}
+    named = {"tokens": recipe.tokens, "masks": recipe.masks, "frames.encoders": encoders}
+    for section, name in ((section, name) for section, products in named.items() for name in products):
         if not PRODUCT_NAME.fullmatch(name):
             raise RecipeError(
                 f"{section}.{name}: {name!r} cannot name a product: accepted are small letters, digits and _,"

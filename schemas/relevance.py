@@ -1,18 +1,48 @@
-"""What a scorer of frames is."""
+"""What a scorer of frames is, and how what it says becomes a probability."""
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+Rule = Literal["sigmoid", "standardized"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """How a raw score becomes p in (0,1): the logistic function of ``scale * score + offset``.
+
+    ``sigmoid`` takes the raw score itself: of scorers that were trained to give probabilities. ``standardized`` takes
+    how far it is from the mean over the frames of its video, in their standard deviations (0 where all are alike): of
+    scorers without an absolute scale.
+    """
+
+    rule: Rule
+    scale: float
+    offset: float
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and math.isfinite(self.offset)):
+            raise ValueError(f"a calibration has finite numbers: {self.scale=} {self.offset=}")
+
+
+STANDARDIZED = Calibration(rule="standardized", scale=2.0, offset=-1.0)  # until labels say better
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerSpec:
-    """Everything about a scorer that decides its embeddings, which have `dim` numbers, apart from frames and texts.
+    """Everything about a scorer that decides its scores, apart from frames and texts.
 
-    `revision` rises with every change of our code that changes them.
+    `dim` is the length of its embeddings, None for a scorer that looks at a frame and a text together. `of` says what it
+    must be given: frames one by one, or all frames of a clip in their order. `takes_texts` is False where only frames
+    can be compared with each other. `calibration` is its own; `revision` rises with every change of our code that
+    changes scores.
     """
 
     name: str
-    dim: int
+    dim: int | None
     weights_sha256: str | None
     options: dict[str, Any] = field(default_factory=dict)
+    of: Literal["frame", "clip"] = "frame"
+    takes_texts: bool = True
+    calibration: Calibration = STANDARDIZED
     revision: int = 1

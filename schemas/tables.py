@@ -124,6 +124,98 @@ TRAJECTORY_TOKENS_SCHEMA = pa.schema(
     ]
 )
 
+# Candidate frames: one row per clip, the same frames in every product of a recipe's frames. Scores say how much a frame
+# matters without a query (docs/relevance.md). Embeddings are float16 of length 1, one for each frame.
+FRAME_TYPE = pa.struct(
+    [
+        pa.field("frame", pa.int32(), nullable=False),  # its place among the frames of the clip, from 0
+        pa.field("frame_number", pa.int64(), nullable=False),  # its place in the video, from 0
+        pa.field("pts_s", pa.float64(), nullable=False),
+        pa.field("is_key_frame", pa.bool_(), nullable=False),
+        pa.field("motion", pa.float32(), nullable=False),
+        pa.field("novelty", pa.float32(), nullable=False),
+        pa.field("sharpness", pa.float32(), nullable=False),
+        pa.field("shot_change", pa.float32(), nullable=False),
+        pa.field("is_shot_start", pa.bool_(), nullable=False),
+    ]
+)
+FRAME_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("frames", pa.list_(pa.field("element", FRAME_TYPE, nullable=False)), nullable=False),
+    ]
+)
+EMBEDDED_FRAMES_SCHEMA = pa.schema(
+    [
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("frames", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        pa.field("pts_s", pa.list_(pa.field("element", pa.float64(), nullable=False)), nullable=False),
+    ]
+)
+
+# Queries and what is known of frames for them: tables below relevance/, which only grow. `version` is the fingerprint of
+# the product (or the digest of the scorer) that a score was made by, `source` who says so. `example` is the clip or frame
+# that frames are to be like, in place of a text. A `label` is 1 where the frame is needed for the answer.
+QUERY_SCHEMA = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("text", pa.string()),
+        pa.field("example", pa.string()),
+    ]
+)
+QUERY_EMBEDDING_SCHEMA = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("scorer", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("embedding", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
+    ]
+)
+SCORE_SCHEMA = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("scorer", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("frame", pa.int32(), nullable=False),
+        pa.field("raw", pa.float32(), nullable=False),
+    ]
+)
+LABEL_SCHEMA = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("clip_id", pa.string(), nullable=False),
+        pa.field("frame", pa.int32(), nullable=False),
+        pa.field("label", pa.int8(), nullable=False),
+    ]
+)
+POLICY_SCHEMA = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("video_id", pa.string()),
+        pa.field("policy", pa.string(), nullable=False),
+        pa.field("p_fragment", pa.float32(), nullable=False),
+    ]
+)
+VERDICT_SCHEMA = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("judge", pa.string(), nullable=False),
+        pa.field("video_id", pa.string(), nullable=False),
+        pa.field("step", pa.string(), nullable=False),
+        pa.field("clip_ids", pa.list_(pa.field("element", pa.string(), nullable=False)), nullable=False),
+        pa.field("frames", pa.list_(pa.field("element", pa.int32(), nullable=False)), nullable=False),
+        pa.field("said", pa.string(), nullable=False),
+        pa.field("verdict", pa.bool_()),
+    ]
+)
+
 # What the store said of every source when it was last read: equal stamps spare a second reading.
 STAMP_SCHEMA = pa.schema(
     [

@@ -20,7 +20,7 @@ from .pyratok_vae import on_device
 
 
 class PyraTokScorer:
-    """A pyramid that was trained with texts, as a FrameScorer; TokenizerError for one that was not."""
+    """A pyramid that was trained with texts, as a FrameEncoder; TokenizerError for one that was not."""
 
     def __init__(self, weights: str, device: str = "cpu") -> None:
         file = PyramidFile.read(weights)
@@ -30,7 +30,7 @@ class PyraTokScorer:
                 f" train one with model.text_width"
             )
         self._model, self._device = on_device(file.build(), device), device
-        self.spec = ScorerSpec(name="pyratok", dim=file.sizes.z_dim, weights_sha256=file.file.sha256)
+        self.spec = ScorerSpec(name="pyratok", dim=file.sizes.z_dim, weights_sha256=file.file.sha256, of="clip")
 
     @torch.inference_mode()
     def embed_frames(self, frames_THWC: np.ndarray) -> np.ndarray:

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from tokenmill.pipeline.relevance import FakeScorer, best_span, relevance, smoothed, unit
+from tokenmill.pipeline.relevance import FakeEncoder, best_span, relevance, smoothed, unit
 
 
 def test_relevance_is_the_cosine() -> None:
-    scorer = FakeScorer()
+    scorer = FakeEncoder()
     frames = np.zeros((4, 8, 8, 3), np.uint8)
     frames[1, ..., 0], frames[2, ..., 2] = 255, 255
     scores = relevance(scorer.embed_frames(frames), scorer.embed_texts(["a red thing"])[0])

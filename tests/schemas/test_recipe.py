@@ -48,7 +48,7 @@ def test_a_recipe_survives_its_own_json() -> None:
             {"sources": [{"kind": "table", "path": "x", "uricolumn": 1}]},
             r"sources\.0\.uricolumn: unknown key \(did you mean 'uri_column'\?\); accepted are caption_column",
         ),
-        ({"tokens": {}}, "tokens: missing; every recipe needs tokens, masks or both"),
+        ({"tokens": {}}, "tokens: missing; every recipe needs tokens, masks or frames"),
         ({"tokens": {"dct": {}}}, r"tokens\.dct\.tokenizer: missing"),
         ({"tokens": {"dct": {"tokenizr": "x"}}}, r"tokens\.dct\.tokenizr: unknown key \(did you mean 'tokenizer'\?\)"),
         ({"tokens": {"A b": {"tokenizer": "x"}}}, r"'A b' cannot name a product: accepted are small letters"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tokenmill.pipeline.relevance import FrameScorer, best_span, relevance, smoothed
+from tokenmill.pipeline.relevance import FrameEncoder, best_span, relevance, smoothed
 from tokenmill.schemas.errors import TokenizerError
 from tokenmill.tokenizers.pyratok_pyramid import Pyramid, PyramidSizes, build_pyramid, save_pyramid
 from tokenmill.tokenizers.pyratok_scorer import PyraTokScorer
@@ -68,7 +68,7 @@ def test_frames_and_stored_codes_have_the_same_embeddings(load: Load, *, native_
 def test_a_planted_event_is_found(load: Load) -> None:
     red = moving((250, 20, 20), 9)
     _, scorer = load(knows=red)
-    found: FrameScorer = scorer
+    found: FrameEncoder = scorer
     clip = np.concatenate([moving((20, 20, 250), 40), moving((250, 20, 20), 30), moving((20, 20, 250), 31)])
     scores = smoothed(relevance(found.embed_frames(clip), found.embed_texts(["a red square"])[0]), 9)
     span = best_span(scores, float(scores.mean() + scores.std()))
