@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline.cache import TokenCache, open_cache
+    from .jobs.opening import open_cache
+    from .pipeline.cache import TokenCache
     from .pipeline.loader import TokenLoader
     from .tokenizers.load import load_tokenizer
 
@@ -12,7 +13,7 @@ __all__ = ["TokenCache", "TokenLoader", "__version__", "load_tokenizer", "open_c
 
 _ADDRESSES = {
     "TokenCache": ".pipeline.cache",
-    "open_cache": ".pipeline.cache",
+    "open_cache": ".jobs.opening",
     "TokenLoader": ".pipeline.loader",
     "load_tokenizer": ".tokenizers.load",
 }

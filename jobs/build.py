@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..pipeline.cache_head import read_info
@@ -14,6 +15,7 @@ from ..pipeline.decode_clips import decode_clips
 from ..pipeline.decoders import ClipDecoder, DirectDecoder, IsolatedDecoder
 from ..pipeline.encode import BatchEncoder, largest_batch
 from ..pipeline.executors import Executor, LocalExecutor, check_address
+from ..pipeline.frames import FrameEmbedder, FrameMaker
 from ..pipeline.isolation import Serve
 from ..pipeline.retries import apply_storage_options
 from ..pipeline.segment import MaskMaker
@@ -23,9 +25,10 @@ from ..pipeline.worker import Worker, fingerprints_of
 from ..schemas.cache_info import CACHE_INFO, CacheInfo, ProductInfo
 from ..schemas.errors import RecipeError, TokenizerError
 from ..schemas.recipe import Recipe, parse_recipe
-from ..schemas.shard import EMBEDDINGS, TOKENS, WEBDATASET, masks_product, tokens_product
+from ..schemas.shard import EMBEDDINGS, FRAMES, TOKENS, WEBDATASET, frames_product, masks_product, tokens_product
 from ..tokenizers.base import Settings
 from ..tokenizers.load import load_tokenizer
+from .encoders import load_encoder
 from .segmenters import load_segmenter
 
 
@@ -35,12 +38,14 @@ def build_worker(recipe: Recipe, cache: str | None = None, *, commits: bool = Tr
     torch.set_num_threads(recipe.executor.threads)
     encoders = {tokens_product(name): build_encoder(recipe, name) for name in recipe.tokens}
     mask_makers = {masks_product(name): build_mask_maker(recipe, name) for name in recipe.masks}
+    frame_maker, decoder = build_frame_maker(recipe), build_frame_decoder(recipe)
     return Worker(
         folder=Folder(cache or recipe.cache),
         decoders=tuple(build_decoder(recipe) for _ in range(recipe.decode.processes)),
         encoders=encoders,
         mask_makers=mask_makers,
-        fingerprints=fingerprints_of(build_frame_decoder(recipe), encoders, mask_makers, recipe.shards.format),
+        frame_maker=frame_maker,
+        fingerprints=fingerprints_of(decoder, encoders, mask_makers, frame_maker, recipe.shards.format),
         commits=commits,
     )
 
@@ -53,7 +58,11 @@ def build_driver_worker(recipe: Recipe) -> Worker:
         return build_worker(recipe)
     tokens = {name: section.model_copy(update={"device": "cpu"}) for name, section in recipe.tokens.items()}
     masks = {name: section.model_copy(update={"device": "cpu"}) for name, section in recipe.masks.items()}
-    return build_worker(recipe.model_copy(update={"tokens": tokens, "masks": masks}))
+    frames = recipe.frames
+    if frames:
+        encoders = {name: section.model_copy(update={"device": "cpu"}) for name, section in frames.encoders.items()}
+        frames = frames.model_copy(update={"encoders": encoders})
+    return build_worker(recipe.model_copy(update={"tokens": tokens, "masks": masks, "frames": frames}))
 
 
 def build_frame_decoder(recipe: Recipe) -> VideoDecoder:
@@ -125,6 +134,25 @@ def build_mask_maker(recipe: Recipe, name: str) -> MaskMaker:
     )
 
 
+def build_frame_maker(recipe: Recipe) -> FrameMaker | None:
+    """What takes candidate frames and embeds them; None where the recipe has none."""
+    section = recipe.frames
+    if section is None:
+        return None
+    embedders = {}
+    for name, of in section.encoders.items():
+        try:
+            encoder = load_encoder(of)
+            if encoder.spec.of == "clip":  # which may refuse the size of clips
+                sampling = recipe.clips.sampling
+                encoder.embed_frames(np.zeros((sampling.num_frames, sampling.height, sampling.width, 3), np.uint8))
+        except (TokenizerError, RecipeError) as error:
+            raise RecipeError(f"frames.encoders.{name}: {error}") from None
+        embedders[frames_product(name)] = FrameEmbedder(encoder=encoder, batch_size=of.batch_size)
+    fps = None if section.fps == "all" else section.fps
+    return FrameMaker(sampling=recipe.clips.sampling, fps=fps, embedders=embedders)
+
+
 def settled(recipe: Recipe) -> Recipe:
     """The recipe with a number for every batch_size=auto: the one that its cache was begun with, or what fits here.
 
@@ -156,8 +184,14 @@ def cache_info(recipe: Recipe, worker: Worker) -> CacheInfo:
         kind, _, name = product.partition("/")
         encoder = worker.encoders.get(product.replace(EMBEDDINGS, TOKENS))
         maker = worker.mask_makers.get(product)
+        embedder = worker.frame_maker.embedders.get(product) if worker.frame_maker else None
         entry = ProductInfo(fingerprint=version, section=sections if product == WEBDATASET else None)
-        if maker:
+        if embedder:
+            spec = _plain(embedder.encoder.spec)
+            entry = replace(entry, section=values["frames"]["encoders"][name], encoder=spec, shape=(spec["dim"],))
+        elif product == FRAMES:
+            entry = replace(entry, section={"fps": values["frames"]["fps"]})
+        elif maker:
             segmenter = _plain(maker.segmenter.spec)
             entry = replace(entry, section=sections[kind][name], segmenter=segmenter)
         elif encoder and encoder.embedding and product.startswith(EMBEDDINGS):
@@ -187,9 +221,13 @@ def recipe_of(info: CacheInfo) -> Recipe:
         if entry.tokenizer or entry.segmenter:
             files[kind][name] = entry.section
     is_any = any(files.values())
+    frames = None
+    if FRAMES in info.products:
+        encoders = {p.partition("/")[2]: entry.section for p, entry in info.products.items() if entry.encoder}
+        frames = {**(info.products[FRAMES].section or {}), "encoders": encoders}
     format = "webdataset" if tars and not is_any else "both" if files == tars else "parquet"
     shards = {**info.recipe["shards"], "format": format}
-    return parse_recipe({**info.recipe, **(files if is_any else tars or {}), "shards": shards})
+    return parse_recipe({**info.recipe, **(files if is_any else tars or {}), "frames": frames, "shards": shards})
 
 
 def check_executor(recipe: Recipe) -> None:

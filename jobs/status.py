@@ -107,12 +107,13 @@ def _read_products(cache: TokenCache) -> list[ProductStatus]:
         with planned as (select sum(num_clips) as n from plan_shards where not is_retry),
              sizes as (select product, count(*) as num_files, sum(size_bytes) as size_bytes from files group by 1),
              done as (select product, sum(num_clips) as committed,
-                             sum(decode_s + segment_s + tokenize_s + write_s) as busy_s
+                             sum(decode_s + segment_s + coalesce(embed_s, 0) + tokenize_s + write_s) as busy_s
                       from shards group by 1),
              failures as (select product, count(*) filter (status = 'failed') as failed,
                                  count(*) filter (status = 'quarantined') as quarantined
                           from failures where clip_id is not null group by 1)
-        select p.product, coalesce(p.tokenizer, p.segmenter) as tokenizer, coalesce(planned.n, 0)::bigint as planned,
+        select p.product, coalesce(p.tokenizer, p.segmenter, p.encoder) as tokenizer,
+               coalesce(planned.n, 0)::bigint as planned,
                coalesce(committed, 0)::bigint as committed, coalesce(failed, 0) as failed,
                coalesce(quarantined, 0) as quarantined,
                coalesce(num_files, 0) as num_files, coalesce(size_bytes, 0)::bigint as size_bytes,
@@ -126,10 +127,10 @@ def _read_products(cache: TokenCache) -> list[ProductStatus]:
 def _worker_s(cache: TokenCache) -> dict[str, float]:
     """Seconds by step. Products that were made together have the same clock, apart from writing."""
     (row,) = cache.sql("""
-        with made as (select shard_id, host, decode_s, segment_s, tokenize_s, sum(write_s) as write_s
+        with made as (select shard_id, host, decode_s, segment_s, embed_s, tokenize_s, sum(write_s) as write_s
                       from shards group by all)
         select coalesce(sum(decode_s), 0)::double as "decode wait", coalesce(sum(segment_s), 0)::double as segment,
-               coalesce(sum(tokenize_s), 0)::double as tokenize,
+               coalesce(sum(embed_s), 0)::double as embed, coalesce(sum(tokenize_s), 0)::double as tokenize,
                coalesce(sum(write_s), 0)::double as write from made""").to_pylist()
     return row
 

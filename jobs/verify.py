@@ -16,7 +16,7 @@ from ..schemas.cache_info import CacheInfo
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import CacheError, StorageError
 from ..schemas.plan import PLAN_REMEDY
-from ..schemas.shard import CLIPS, EMBEDDINGS, SHORT_DIGEST, TOKENS, WEBDATASET, FileEntry
+from ..schemas.shard import CLIPS, EMBEDDINGS, FRAMES, SHORT_DIGEST, TOKENS, WEBDATASET, FileEntry, is_of_frames
 from .mask_quality import measure_masks
 from .quality import measure_quality
 from .retokenize import retokenize_sample
@@ -155,6 +155,11 @@ def _asked(info: CacheInfo) -> set[str]:
     format = recipe["shards"]["format"]
     for product, entry in info.products.items():
         kind, _, name = product.partition("/")
+        if is_of_frames(product):
+            frames = recipe.get(FRAMES) or {"encoders": {}}
+            wanted = frames["encoders"].get(name) if name else {"fps": frames.get("fps")}
+            asked |= {product} if entry.section == wanted else set()
+            continue
         sections = recipe.get(TOKENS[:-1] if kind == EMBEDDINGS[:-1] else kind, {})
         if name and format != "webdataset" and entry.section == sections.get(name):
             asked.add(product)

@@ -15,10 +15,11 @@ ReadFrames = Callable[[str, VideoProbe, Sequence[int]], Iterator[tuple[int, np.n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipWant:
-    """A clip, and for each of its times which frame of the video is nearest."""
+    """A clip, and for each of its times which frame of the video is nearest, and whether a decoder can start there."""
 
     clip: Clip
     frames: tuple[int, ...]
+    is_key_frame: tuple[bool, ...] = ()
 
 
 def wanted_frames(wants: Iterable[ClipWant]) -> list[int]:
@@ -83,6 +84,7 @@ class _Draft:
             decoded_pts_s=decoded_pts_s,
             frame_numbers=self._want.frames,
             decoder=decoder,
+            is_key_frame=self._want.is_key_frame,
         )
 
     def failed(self, reason: str) -> ClipFailure:

@@ -1,61 +1,68 @@
 """Reading a cache: SQL over everything, tokens by clip."""
 
 import math
-import mmap
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 import torch
 
+from ..schemas.cache_info import ProductInfo
 from ..schemas.errors import CacheError, did_you_mean
 from ..schemas.masks import ClipMasks
-from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS, WEBDATASET
+from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS, WEBDATASET, frames_product
 from ..schemas.tokens import TokenGrid, TrajectoryTokens
 from .cache_head import read_info
 from .index import connect, ensure_index, file_uris
 from .mask_file import MaskFile
+from .open_files import OpenFiles
+from .queries import add_queries
+from .relevance import FrameEncoder, check_same_encoder
+from .relevance_views import create_relevance_views
+from .scoring import best_frames, encoder_name, example_vector, scores_for, text_vectors
 from .snapshots import read_snapshot, take_snapshot
-from .storage import Folder, storage_errors
+from .storage import Folder
 from .token_file import TokenFile, TokenLayout, from_planes
 from .trajectory_file import TrajectoryFile
 from .views import CLIPS_WITH_VIDEOS, create_views
 
-OPEN_FILES = 64
+if TYPE_CHECKING:
+    from .selection import Selection
 
-File = TypeVar("File", TokenFile, TrajectoryFile, MaskFile)
+LoadEncoder = Callable[[ProductInfo], FrameEncoder]  # what made a product of embedded frames
 
 
-def open_cache(uri: str, snapshot: int | None = None) -> "TokenCache":
+def open_cache(uri: str, snapshot: int | None = None, load_encoder: LoadEncoder | None = None) -> "TokenCache":
     """The token cache at a local path or fsspec URL, as it is now or as snapshot number `snapshot` pinned it.
 
-    CacheError where there is no cache, or no such snapshot.
+    `load_encoder` is for queries in words. CacheError where there is no cache, or no such snapshot.
     """
-    return TokenCache(Folder(uri), snapshot)
+    return TokenCache(Folder(uri), snapshot, load_encoder)
 
 
 class TokenCache:
     """One cache, for reading. Sees what was committed when it was opened, or what a snapshot pinned."""
 
-    def __init__(self, folder: Folder, snapshot: int | None = None) -> None:
+    def __init__(self, folder: Folder, snapshot: int | None = None, load_encoder: LoadEncoder | None = None) -> None:
         self.folder = folder
+        self._load_encoder = load_encoder
+        self._encoders: dict[str, FrameEncoder] = {}
         self.info = read_info(folder)
         self.pinned = None if snapshot is None else read_snapshot(folder, snapshot)
         if self.pinned:
             self.info = self.pinned.info
         self._lock = threading.Lock()
         self._connection: duckdb.DuckDBPyConnection | None = None
-        self._token_files = _OpenFiles(TokenFile, folder)
-        self._trajectory_files = _OpenFiles(TrajectoryFile, folder)
-        self._mask_files = _OpenFiles(MaskFile, folder)
+        self._token_files = OpenFiles(TokenFile, folder)
+        self._trajectory_files = OpenFiles(TrajectoryFile, folder)
+        self._mask_files = OpenFiles(MaskFile, folder)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the cache anew, at the same snapshot: connections and memory maps do not travel."""
-        return open_cache, (self.folder.url, self.pinned.number if self.pinned else None)
+        return open_cache, (self.folder.url, self.pinned.number if self.pinned else None, self._load_encoder)
 
     def snapshot(self) -> int:
         """Pin what is committed now, and return the snapshot's number; of a cache opened at one, that one's."""
@@ -67,7 +74,8 @@ class TokenCache:
         Tables: videos, duplicates, clips, products, shards, failures, files, locations; views: tokens_<product>
         with codes as lists, levels_<product> with those of each level, and tokens, all of them together.
         code_usage('<product>') counts every code of every level, code_statistics('<product>') sums that up; latents
-        and trajectories have neither, nor levels_<product>.
+        and trajectories have neither, nor levels_<product>. Of candidate frames: frames, frames_<encoder> with their
+        embeddings, queries, query_embeddings, scorers, relevance, relevance_history, labels, policies and verdicts.
         """
         connection = self._connected()
         try:
@@ -75,7 +83,7 @@ class TokenCache:
             if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
                 found = ", ".join(statement.type.name for statement in statements) or "nothing"
                 raise CacheError(f"one read-only query is accepted (select, from, describe), found: {found}")
-            return self._answer(query, parameters)
+            return self.answer(query, parameters)
         except duckdb.Error as error:
             raise CacheError(f"the query failed: {' '.join(str(error).partition(chr(10) * 2)[0].split())}") from None
 
@@ -215,7 +223,7 @@ class TokenCache:
 
     def num_valid(self, clip_id: str) -> int:
         """How many frames of a clip are real."""
-        return self._answer("select num_valid from clips where clip_id = ?", [clip_id])["num_valid"][0].as_py()
+        return self.answer("select num_valid from clips where clip_id = ?", [clip_id])["num_valid"][0].as_py()
 
     def read_places(
         self, names: Sequence[str], rows: np.ndarray, *, levels: int | None = None, verify: bool = True
@@ -243,10 +251,82 @@ class TokenCache:
 
         return TokenLoader(self, product, batch_size, where=where, levels=levels)
 
+    def encoder(self, name: str) -> FrameEncoder:
+        """The encoder that made the product `frames/<name>`; CacheError where another one is here."""
+        if name not in self._encoders:
+            entry = self.info.products[frames_product(name)]
+            if self._load_encoder is None:
+                raise CacheError(f"{self.folder.url}: opened without encoders: open it by tokenmill.open_cache")
+            encoder = self._load_encoder(entry)
+            check_same_encoder(encoder, entry, f"{self.folder.url}: {frames_product(name)}")
+            self._encoders[name] = encoder
+        return self._encoders[name]
+
+    def score(self, queries: str | Sequence[str], scorer: str | None = None, *, where: str = "true") -> list[str]:
+        """Score all candidate frames of the clips where an SQL condition holds for texts; returns the queries' ids.
+
+        Scores are added to `relevance`, unless they are there: no video is opened. `scorer` names an encoder, by
+        default the only one that takes texts. CacheError where there is none.
+        """
+        from .score_table import store_scores
+
+        texts = [queries] if isinstance(queries, str) else list(queries)
+        name = encoder_name(self, scorer, for_text=True)
+        ids = add_queries(self.folder, texts)
+        store_scores(self, name, ids, text_vectors(self, name, texts), where)
+        self.refresh()
+        return ids
+
+    def search(
+        self,
+        text: str | None = None,
+        *,
+        like: str | None = None,
+        k: int = 10,
+        by: Literal["frame", "clip"] = "frame",
+        scorer: str | None = None,
+        where: str = "true",
+    ) -> pa.Table:
+        """The `k` best frames, or clips by their best frame, for a text, or like a clip or its frame ``CLIP:FRAME``.
+
+        video_id, uri, clip_id, frame, pts_s and raw, the best first; nothing is stored.
+        """
+        if (text is None) == (like is None):
+            raise CacheError("what to search for: give a text, or like=CLIP_ID or CLIP_ID:FRAME")
+        name = encoder_name(self, scorer, for_text=text is not None)
+        vector_D = example_vector(self, name, like) if like else text_vectors(self, name, [text or ""], store=False)[0]
+        return best_frames(self, name, vector_D, k, by, where)
+
+    def select(
+        self,
+        query: str,
+        budget_tokens: int,
+        product: str,
+        *,
+        scorer: str | None = None,
+        where: str = "true",
+        **settings: Any,
+    ) -> "Selection":
+        """The tokens of a product that a budget allows for a query, in the order of time, of the clips where an SQL
+        condition holds.
+
+        `scorer` names an encoder, or another scorer whose scores `relevance` has. `settings` are those of
+        SelectionSettings: policy, tiers, floor, fill, p_fragment, verify.
+        """
+        from .selection import SelectionSettings, select_tokens
+
+        scored = scores_for(self, query, scorer, where)
+        return select_tokens(self, self.product(product), scored, budget_tokens, SelectionSettings(**settings))
+
+    def refresh(self) -> None:
+        """See the scores, labels and policies that were added since the cache was opened."""
+        with self._lock:
+            create_relevance_views(self._connected(), self.folder, self.info)
+
     def _locate(self, product: str, clip_ids: Sequence[str]) -> pa.Table:
         """File and row of every clip asked, in the order asked."""
         asked = pa.table({"position": range(len(clip_ids)), "clip": pa.array(clip_ids, pa.string())})
-        places = self._answer(
+        places = self.answer(
             """select clip, name, row_in_file from asked a
                left join (from locations where product = ?) l on l.clip_id = try_cast(a.clip as uuid)
                order by position""",
@@ -261,7 +341,7 @@ class TokenCache:
             )
         return places
 
-    def _answer(self, query: str, parameters: Sequence[Any], **tables: pa.Table) -> pa.Table:
+    def answer(self, query: str, parameters: Sequence[Any], **tables: pa.Table) -> pa.Table:
         """The answer of one query, which may also use the Arrow `tables` given; one at a time, from any thread."""
         connection = self._connected()
         with self._lock:
@@ -281,6 +361,7 @@ class TokenCache:
                 connection.execute(f"attach '{_quoted(index)}' as idx (read_only); use idx")
                 files = {product: file_uris(connection, self.folder, product) for product in self.info.products}
                 create_views(connection, files, self.info)
+                create_relevance_views(connection, self.folder, self.info)
             except duckdb.Error as error:
                 reason = " ".join(str(error).partition("\n")[0].split())
                 raise CacheError(
@@ -288,37 +369,6 @@ class TokenCache:
                 ) from None
             self._connection = connection
         return self._connection
-
-
-class _OpenFiles(Generic[File]):
-    """The files of one kind that were read last, open.
-
-    It does not know its cache: a cycle would leave the cache's connection to the garbage collector, which may then
-    close it in a forked loader process.
-    """
-
-    def __init__(self, kind: Callable[[Any, str], File], folder: Folder) -> None:
-        self._kind, self._folder = kind, folder
-        self._files: OrderedDict[str, File] = OrderedDict()
-
-    def get(self, name: str) -> File:
-        """The file of this name inside the cache, opened if it is not."""
-        file = self._files.get(name)
-        if file is None:
-            file = self._kind(_buffer(self._folder, name), self._folder.uri(name))
-            self._files[name] = file
-            if len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)
-        self._files.move_to_end(name)
-        return file
-
-
-def _buffer(folder: Folder, name: str) -> Any:
-    """The bytes of a file: mapped where it is local, fetched where it is not."""
-    if not folder.is_local:
-        return folder.read(name)
-    with storage_errors(folder.uri(name)), open(folder.path(name), "rb") as stream:
-        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _quoted(text: str) -> str:

@@ -6,10 +6,18 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..schemas.shard import CLIPS, EMBEDDINGS, MASKS, WEBDATASET, ShardManifest, ShardReceipt, ShardTask
+from ..schemas.shard import CLIPS, EMBEDDINGS, FRAMES, MASKS, WEBDATASET, ShardManifest, ShardReceipt, ShardTask
 from .shard_tar import write_shard_tar
 from .storage import Folder, storage_errors
-from .store import ShardRows, write_clips, write_embeddings, write_masks, write_tokens
+from .store import (
+    ShardRows,
+    write_candidate_frames,
+    write_clips,
+    write_embeddings,
+    write_frame_embeddings,
+    write_masks,
+    write_tokens,
+)
 from .webdataset_output import index_path
 from .worker import Worker
 
@@ -68,6 +76,11 @@ def _write_product(staging: str, product: str, task: ShardTask, worker: Worker, 
     if product == WEBDATASET:
         path = write_shard_tar(staging, rows, task.texts, worker, version)
         return {path: len(rows.sorted_clips(product)), index_path(path): 0}
+    if product == FRAMES:
+        return {write_candidate_frames(staging, rows, version): len(rows.clips)}
+    if worker.frame_maker and product in worker.frame_maker.embedders:
+        embedder = worker.frame_maker.embedders[product]
+        return {write_frame_embeddings(staging, rows, product, embedder, version): len(rows.clips)}
     if product.startswith(MASKS):
         path = write_masks(staging, rows, product, worker.mask_makers[product], version)
         return {path: len(rows.sorted_clips(product))}

@@ -101,7 +101,9 @@ class VideoDecoder:
                     f" {start_s:.3f} to {probe.end_s:.3f} s: the table that listed it is wrong about its length,"
                     f" rate or start; without those columns the file itself is asked"
                 )
-        return ClipWant(clip=clip, frames=tuple(nearest(probe.pts_s, times_s).tolist()))
+        frames_T = nearest(probe.pts_s, times_s)
+        is_key_frame = tuple(np.isin(frames_T, probe.key_frames_K).tolist())
+        return ClipWant(clip=clip, frames=tuple(frames_T.tolist()), is_key_frame=is_key_frame)
 
 
 def _probe(path: str) -> VideoProbe:

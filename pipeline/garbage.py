@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..schemas.shard import CLIPS, EMBEDDINGS, MASKS, TOKENS, WEBDATASET, ShardManifest
+from ..schemas.shard import CLIPS, EMBEDDINGS, FRAMES, MASKS, TOKENS, WEBDATASET, ShardManifest
 from .cache_head import read_info
 from .manifests import PACKED, committed_names, read_all, read_named
 from .plan_file import CLIPS_PREFIX, VIDEOS_PREFIX, plans_of
@@ -16,7 +16,7 @@ from .snapshots import PINNED_PREFIX, pinned_manifests, read_snapshot, snapshot_
 from .storage import STAGING, Folder, FoundFile, storage_errors
 
 GarbageKind = Literal["old manifest", "data", "packed", "plan", "snapshot", "leftover"]
-DATA_FOLDERS = (CLIPS, *(kind.rstrip("/") for kind in (TOKENS, EMBEDDINGS, MASKS)), WEBDATASET)
+DATA_FOLDERS = (CLIPS, *(kind.rstrip("/") for kind in (TOKENS, EMBEDDINGS, MASKS)), FRAMES, WEBDATASET)
 BATCH_FILES = 500
 # What a process leaves when it is killed: files aside, probes of a store, and indexes half built.
 _LEFTOVER = re.compile(rf"{re.escape(STAGING)}/.+|(.+/)?\.[^/]+\.[0-9a-f]{{8}}|\.probe-[^/]+|\.index-[^/]+/.+")

@@ -37,7 +37,7 @@ from .snapshots import CacheState, state_at
 from .storage import Folder, storage_errors
 
 INDEX = "index"
-INDEX_REVISION = 3  # rises with every change of the tables: an index of another one is built anew
+INDEX_REVISION = 4  # rises with every change of the tables: an index of another one is built anew
 FILENAME = pa.field("filename", pa.string())
 
 

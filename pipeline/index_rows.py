@@ -31,6 +31,7 @@ SHARD_SCHEMA = pa.schema(
         pa.field("host", pa.string()),
         pa.field("decode_s", pa.float64()),
         pa.field("segment_s", pa.float64()),
+        pa.field("embed_s", pa.float64()),
         pa.field("tokenize_s", pa.float64()),
         pa.field("write_s", pa.float64()),
     ]
@@ -61,6 +62,7 @@ PRODUCT_SCHEMA = pa.schema(
         pa.field("fingerprint", pa.string()),
         pa.field("tokenizer", pa.string()),
         pa.field("segmenter", pa.string()),
+        pa.field("encoder", pa.string()),
         pa.field("kind", pa.string()),
         pa.field("codebook_size", pa.int64()),
         pa.field("dtype", pa.string()),
@@ -90,12 +92,13 @@ def failed_rows(account: ProductAccount) -> list[dict]:
 def product_row(name: str, entry: ProductInfo) -> dict:
     """One product (PRODUCT_SCHEMA)."""
     tokenizer = entry.tokenizer or {}
-    options = (entry.tokenizer or entry.segmenter or {}).get("options")
+    options = (entry.tokenizer or entry.segmenter or entry.encoder or {}).get("options")
     return {
         "product": name,
         "fingerprint": entry.fingerprint,
         "tokenizer": tokenizer.get("name"),
         "segmenter": (entry.segmenter or {}).get("name"),
+        "encoder": (entry.encoder or {}).get("name"),
         "kind": tokenizer.get("kind"),
         "codebook_size": tokenizer.get("codebook_size"),
         "dtype": tokenizer.get("dtype"),
@@ -130,5 +133,5 @@ def shard_row(manifest: ShardManifest) -> dict:
         "num_failures": len(manifest.failures),
         "size_bytes": sum(file.size_bytes for file in manifest.files),
         "host": manifest.host,
-        **{f"{step}_s": manifest.timings_s.get(step) for step in ("decode", "segment", "tokenize", "write")},
+        **{f"{step}_s": manifest.timings_s.get(step) for step in ("decode", "segment", "embed", "tokenize", "write")},
     }

@@ -1,5 +1,7 @@
 """Key frames: where the segments of a clip are looked for afresh, at shot changes and every few frames in between."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,9 +11,12 @@ from torch.nn import functional
 THUMBNAIL = 64  # pixels of the side of the squares that frames are compared on
 LAYOUT = 16  # of the side of those that tell where colours are
 BINS = 8  # of each colour in histograms
+CUT_CHANGE = 0.18  # from one frame to the next: from there on it can be a cut between shots
 WINDOW = 2  # frames before and after a change that it must stand out from
 STANDS_OUT = 1.5  # times the median change of those
 CERTAIN = 2.0  # times the change of a cut: one that need not stand out
+
+Look = tuple[torch.Tensor, torch.Tensor]  # shares of colours, and the layout as a small picture
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,16 +54,27 @@ def changes_of(frames_THWC: np.ndarray) -> np.ndarray:
     absolute differences of the histograms), which movement changes little, and of the layout (mean absolute difference
     of small pictures), which slow fades of light change little.
     """
-    changes = np.zeros(len(frames_THWC))
-    before = None
-    for t, frame_HWC in enumerate(frames_THWC):
-        now = _look(frame_HWC)
-        if before is not None:
-            colours = float((now[0] - before[0]).abs().sum()) / 2
-            layout = float((now[1] - before[1]).abs().mean())
-            changes[t] = (colours * layout) ** 0.5
-        before = now
-    return changes
+    return changes_between([look_of(frame_HWC) for frame_HWC in frames_THWC])
+
+
+def changes_between(looks_T: Sequence[Look]) -> np.ndarray:
+    """`changes_of` frames that look so."""
+    return np.array(
+        [0.0, *(change_between(now, before) for before, now in itertools.pairwise(looks_T))][: len(looks_T)]
+    )
+
+
+def change_between(one: Look, other: Look) -> float:
+    """How much two looks differ, from 0 to 1, as `changes_of`."""
+    colours = float((one[0] - other[0]).abs().sum()) / 2
+    layout = float((one[1] - other[1]).abs().mean())
+    return (colours * layout) ** 0.5
+
+
+def mean_look(looks: Sequence[Look]) -> Look:
+    """The look that is nearest to all of them."""
+    colours, layouts = zip(*looks, strict=True)
+    return torch.stack(colours).mean(0), torch.stack(layouts).mean(0)
 
 
 def cuts_among(changes_T: np.ndarray, cut_change: float) -> list[int]:
@@ -76,7 +92,7 @@ def cuts_among(changes_T: np.ndarray, cut_change: float) -> list[int]:
     return cuts
 
 
-def _look(frame_HWC: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+def look_of(frame_HWC: np.ndarray) -> Look:
     """Shares of the colours of a frame, and the frame as a small picture with values from 0 to 1."""
     frame_1CHW = torch.tensor(np.ascontiguousarray(frame_HWC)).permute(2, 0, 1)[None]
     small_1Chw = functional.interpolate(frame_1CHW.float(), size=(THUMBNAIL, THUMBNAIL), mode="area")

@@ -1,10 +1,14 @@
 """How much frames matter to a text: the product of their embeddings, and where in a clip it is large."""
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from ..schemas.cache_info import ProductInfo
+from ..schemas.errors import CacheError
 from ..schemas.relevance import Calibration, ScorerSpec
 
 ALIKE = 1e-6  # scores of a video with a smaller standard deviation do not differ
@@ -60,7 +64,24 @@ def calibrated(raw_N: np.ndarray, videos_N: np.ndarray, calibration: Calibration
         apart_N = raw_N - (np.bincount(video_N, raw_N) / counts)[video_N]
         deviations_N = np.sqrt(np.bincount(video_N, apart_N**2) / counts)[video_N]
         raw_N = np.divide(apart_N, deviations_N, out=np.zeros_like(apart_N), where=deviations_N > ALIKE)
-    return 1 / (1 + np.exp(-(calibration.scale * raw_N + calibration.offset)))
+    return 1 / (1 + np.exp(-(calibration.scale * raw_N + calibration.bias)))
+
+
+def calibration_of(entry: ProductInfo) -> Calibration:
+    """How scores by an encoder of frames become p: as the recipe says, or in the encoder's own way."""
+    chosen = (entry.section or {}).get("calibration") or (entry.encoder or {})["calibration"]
+    return Calibration(**chosen)
+
+
+def check_same_encoder(encoder: FrameEncoder, entry: ProductInfo, product: str) -> None:
+    """CacheError unless this encoder, with these weights, made the product."""
+    made, here = entry.encoder or {}, json.loads(json.dumps(asdict(encoder.spec)))
+    others = [f"{key} {made.get(key)} there, {value} here" for key, value in here.items() if made.get(key) != value]
+    if others:
+        raise CacheError(
+            f"{product} was made by another encoder than is here ({'; '.join(others)}): put its weights back, or run"
+            f" the recipe again"
+        )
 
 
 def smoothed(scores_T: np.ndarray, window: int = WINDOW_FRAMES) -> np.ndarray:

@@ -13,7 +13,7 @@ from ..schemas.clip import ClipFrames
 from ..schemas.errors import TokenizerError
 from ..schemas.masks import SegmenterSpec
 from ..schemas.recipe import Section
-from .key_frames import chunks_of
+from .key_frames import CUT_CHANGE, chunks_of
 from .sam2_masks import areas, at_size, distinct, good_masks, least_pixels, matched, newcomers, painted
 from .sam2_network import ClipNetwork, check_network, load_network, transformers_version
 
@@ -31,7 +31,10 @@ class Sam2Options(Section):
     )  # fmt: skip
     key_every: int = Field(default=8, ge=1, description="frames from key frame to key frame within a shot")
     cut_change: float = Field(
-        default=0.18, ge=0, le=1, description="change between two frames from which on it can be a cut between shots"
+        default=CUT_CHANGE,
+        ge=0,
+        le=1,
+        description="change between two frames from which on it can be a cut between shots",
     )
     points_per_side: int = Field(default=32, ge=1, le=256, description="points of the grid along each side of a frame")
     points_per_batch: int = Field(default=64, ge=1, description="points that are decoded together")

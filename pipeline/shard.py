@@ -5,10 +5,11 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 
 from ..schemas.clip import ClipFailure, ClipFrames, FrameBatch
-from ..schemas.shard import ShardProgress, ShardReceipt, ShardTask
+from ..schemas.shard import FRAMES, ShardProgress, ShardReceipt, ShardTask
 from .commit import commit_shard
 from .decoders import decode_ahead
 from .encode import EncodedBatch
+from .frames import EmbeddedFrames, FrameRows
 from .retries import retry_counts
 from .segment import SegmentedClip
 from .store import ShardRows
@@ -28,6 +29,8 @@ def process_shard(task: ShardTask, worker: Worker) -> Generator[ShardProgress | 
             rows.add_masks(masks)
             failures += [one for made in masks.values() for one in made if isinstance(one, ClipFailure)]
             clock.lap("segment")
+            rows.add_frames(*embed(clips, task.products, worker))
+            clock.lap("embed")
             tokens = tokenize(FrameBatch.stack(clips), task.products, worker) if clips else {}
             rows.add_tokens(tokens)
             clock.lap("tokenize")
@@ -71,6 +74,18 @@ def segment(
     return {p: [maker.make(one) for one in clips] for p, maker in worker.mask_makers_for(products).items()}
 
 
+def embed(
+    clips: Sequence[ClipFrames], products: Sequence[str], worker: Worker
+) -> tuple[list[FrameRows], dict[str, list[EmbeddedFrames]]]:
+    """The candidate frames of each clip where `products` take them, and their embeddings by product."""
+    maker, embedders = worker.frame_maker, worker.frame_embedders_for(products)
+    described = [maker.describe(one) for one in clips] if maker and FRAMES in products else []
+    if not maker or not embedders or not clips:
+        return described, {}
+    chosen = [maker.candidates(one) for one in clips]
+    return described, {product: embedder.embed(clips, chosen) for product, embedder in embedders.items()}
+
+
 def tokenize(batch: FrameBatch, products: Sequence[str], worker: Worker) -> dict[str, EncodedBatch]:
     """The tokens that making `products` takes, all from the same frames."""
     return {product: encoder.encode(batch) for product, encoder in worker.encoders_for(products).items()}
@@ -81,7 +96,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._last_s = time.perf_counter()
-        self._laps_s: dict[str, float] = {"decode": 0.0, "segment": 0.0, "tokenize": 0.0}
+        self._laps_s: dict[str, float] = {step: 0.0 for step in ("decode", "segment", "embed", "tokenize")}
         self._taken_s: dict[str, float] = {}
 
     def lap(self, step: str) -> None:

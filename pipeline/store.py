@@ -14,6 +14,8 @@ from ..schemas.shard import EMBEDDINGS, TOKENS, WEBDATASET
 from ..schemas.tables import CLIP_SCHEMA, with_format
 from ..schemas.tokens import TrajectoryTokens
 from .encode import EMBEDDING, VALUES, BatchEncoder, EncodedBatch, bits_of
+from .frame_file import write_embedded_frames, write_frames
+from .frames import EmbeddedFrames, FrameEmbedder, FrameRows
 from .mask_file import MaskRow, PackedMasks, write_mask_file
 from .segment import MaskMaker, SegmentedClip
 from .token_file import FINGERPRINT, TokenLayout, write_token_file
@@ -37,6 +39,8 @@ class ShardRows:
     tokens: dict[str, list[EncodedBatch]] = field(default_factory=dict)
     masks: dict[str, dict[str, PackedMasks]] = field(default_factory=dict)
     links: dict[str, ClipLinks] = field(default_factory=dict)
+    frames: list[FrameRows] = field(default_factory=list)
+    embedded_frames: dict[str, list[EmbeddedFrames]] = field(default_factory=dict)
     failures: list[ClipFailure] = field(default_factory=list)
     mask_failures: dict[str, list[ClipFailure]] = field(default_factory=dict)
 
@@ -67,6 +71,12 @@ class ShardRows:
                 else:
                     masks[clip["clip_id"]] = PackedMasks.pack(one.masks)
                     links.add(clip, one)
+
+    def add_frames(self, described: Sequence[FrameRows], embedded: Mapping[str, Sequence[EmbeddedFrames]]) -> None:
+        """Append the candidate frames of the clips that were added last, in their order, and their embeddings."""
+        self.frames.extend(described)
+        for product, values in embedded.items():
+            self.embedded_frames.setdefault(product, []).extend(values)
 
     def add_tokens(self, tokens: Mapping[str, EncodedBatch]) -> None:
         """Append the tokens of the clips that were added last, by product, in their order.
@@ -156,6 +166,27 @@ def write_masks(staging: str, rows: ShardRows, product: str, maker: MaskMaker, v
     path = _new_path(staging)
     spec = json.loads(json.dumps(asdict(maker.segmenter.spec)))
     write_mask_file(path, rows.sorted_masks(product), spec, {FINGERPRINT.decode(): version})
+    return path
+
+
+def write_candidate_frames(staging: str, rows: ShardRows, version: str) -> str:
+    """Write the candidate frames to a local file; returns its path."""
+    path, clips = _new_path(staging), rows.sorted_clips()
+    frames = (rows.frames[i] for i in rows.order)
+    small = [
+        {"clip_id": clip["clip_id"], "video_id": clip["video_id"], "frames": one}
+        for clip, one in zip(clips, frames, strict=True)
+    ]
+    write_frames(path, small, {FINGERPRINT.decode(): version})
+    return path
+
+
+def write_frame_embeddings(staging: str, rows: ShardRows, product: str, embedder: FrameEmbedder, version: str) -> str:
+    """Write the embeddings of candidate frames by one encoder to a local file; returns its path."""
+    path = _new_path(staging)
+    embedded = [rows.embedded_frames[product][i] for i in rows.order]
+    spec = json.loads(json.dumps(asdict(embedder.encoder.spec)))
+    write_embedded_frames(path, rows.sorted_clips(), embedded, spec, {FINGERPRINT.decode(): version})
     return path
 
 

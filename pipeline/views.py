@@ -12,6 +12,8 @@ from duckdb.sqltypes import BLOB, FLOAT, INTEGER
 from ..schemas.cache_info import CacheInfo, ProductInfo
 from ..schemas.shard import EMBEDDINGS, MASKS
 from ..schemas.tables import MASK_SCHEMA, TRAJECTORY_TOKENS_SCHEMA
+from .relevance_views import create_frame_views
+from .sql_bytes import bytes_of, source_of
 from .store import TOKEN_ROWS_SCHEMA, embedding_layout
 from .token_file import HIGH, LEVEL, LOW, TokenLayout, from_planes
 
@@ -55,6 +57,7 @@ def create_views(connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequ
         connection.execute(f"create temp view tokens as {' union all by name '.join(together)}")
     masks = {product.removeprefix(MASKS): uris for product, uris in files.items() if product.startswith(MASKS)}
     _create_mask_views(connection, masks)
+    create_frame_views(connection, files, info)
     connection.execute(CODE_MACROS)
 
 
@@ -65,7 +68,7 @@ def _create_token_view(
     schema, tokens = TOKEN_ROWS_SCHEMA, f"{LOW} as latents"
     if tokenizer["kind"] == "trajectory":
         schema, tokens = TRAJECTORY_TOKENS_SCHEMA, f"{LOW} as vectors"
-    source = _source(connection, f"tokens_{name}", uris, _with_blobs(schema, len(entry.levels)))
+    source = source_of(connection, f"tokens_{name}", uris, _with_blobs(schema, len(entry.levels)))
     small = ", ".join(schema.names)
     if tokenizer["kind"] == "discrete":
         layout = TokenLayout(
@@ -115,13 +118,13 @@ def _create_embedding_view(
     layout, function = embedding_layout(entry.shape[0]), f"embedding_of_{name}"
 
     def embedding(stored: pa.Array) -> pa.Array:
-        values = _bytes_of(stored).view("<f4")
+        values = bytes_of(stored).view("<f4")
         return pa.FixedSizeListArray.from_arrays(values, entry.shape[0])
 
     parameters: list[Any] = [BLOB]
     kind = connection.array_type(FLOAT, layout.num_values)
     connection.create_function(function, embedding, parameters, kind, type=ARROW)
-    source = _source(connection, f"embeddings_{name}", uris, _with_blobs(TOKEN_ROWS_SCHEMA))
+    source = source_of(connection, f"embeddings_{name}", uris, _with_blobs(TOKEN_ROWS_SCHEMA))
     small = ", ".join(TOKEN_ROWS_SCHEMA.names)
     connection.execute(
         f"create temp view embeddings_{name} as select {small}, {function}({LOW}) as embedding from {source}"
@@ -134,7 +137,7 @@ def _create_mask_views(connection: duckdb.DuckDBPyConnection, files: Mapping[str
         return
     together = [
         f"select '{name}' as product, * exclude (masks, graph)"
-        f" from {_source(connection, f'masks_{name}', uris, MASK_SCHEMA)}"
+        f" from {source_of(connection, f'masks_{name}', uris, MASK_SCHEMA)}"
         for name, uris in files.items()
     ]
     connection.execute(f"create temp view masks as {' union all by name '.join(together)}")
@@ -150,15 +153,6 @@ def _create_mask_views(connection: duckdb.DuckDBPyConnection, files: Mapping[str
         from trajectories group by product, video_id, trajectory_id""")
 
 
-def _source(connection: duckdb.DuckDBPyConnection, name: str, uris: Sequence[str], schema: pa.Schema) -> str:
-    """What to select from: the files, or an empty table of their columns where there are none."""
-    if uris:
-        listed = ", ".join("'" + uri.replace("'", "''") + "'" for uri in uris)
-        return f"read_parquet([{listed}])"
-    connection.register(f"none_in_{name}", schema.empty_table())
-    return f"none_in_{name}"
-
-
 def _with_blobs(schema: pa.Schema, num_levels: int = 0) -> pa.Schema:
     names = [LOW, HIGH, *(f"{LEVEL}{n}" for n in range(1, 1 + num_levels))]
     return pa.schema([*schema, *(pa.field(name, pa.binary()) for name in names)])
@@ -169,7 +163,7 @@ def _codes_function(layout: TokenLayout) -> Callable[..., pa.Array]:
 
     def codes(*columns: pa.Array) -> pa.Array:
         planes = {
-            name: _bytes_of(column).reshape(len(column), width)
+            name: bytes_of(column).reshape(len(column), width)
             for (name, width), column in zip(layout.widths.items(), columns, strict=True)
         }
         values = from_planes(planes, layout).reshape(-1)
@@ -186,18 +180,9 @@ def _codes_of_all_levels(layout: TokenLayout) -> Callable[[pa.Array], pa.Array]:
 
     def codes(lists: pa.Array | pa.ChunkedArray) -> pa.Array:
         joined = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
-        stored = _bytes_of(joined.flatten()).reshape(len(lists), ends[-1])
+        stored = bytes_of(joined.flatten()).reshape(len(lists), ends[-1])
         planes = dict(zip(layout.widths, np.split(stored, ends[:-1], axis=1), strict=True))
         offsets = np.arange(len(lists) + 1, dtype=np.int32) * layout.num_values
         return pa.ListArray.from_arrays(offsets, from_planes(planes, layout).reshape(-1))
 
     return codes
-
-
-def _bytes_of(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """All bytes of a binary column, one value after the other."""
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    array = array.cast(pa.large_binary())
-    offsets = np.frombuffer(array.buffers()[1], np.int64, len(array) + 1, array.offset * 8)
-    data = np.frombuffer(array.buffers()[2] or b"", np.uint8)
-    return data[offsets[0] : offsets[-1]]

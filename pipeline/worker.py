@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from ..schemas.digest import digest_of
-from ..schemas.shard import CLIPS, EMBEDDINGS, TOKENS, WEBDATASET
+from ..schemas.shard import CLIPS, EMBEDDINGS, FRAMES, TOKENS, WEBDATASET
 from ..schemas.tables import FORMAT_VERSION
 from .decode import FrameDecoder
 from .decoders import ClipDecoder
 from .encode import USUAL_BATCH, BatchEncoder
+from .frame_scores import FRAME_SCORES_REVISION
+from .frames import FRAMES_REVISION, FrameEmbedder, FrameMaker
 from .linking import LINK_REVISION
 from .segment import MASKS_REVISION, MaskMaker
 from .storage import Folder
@@ -20,8 +22,8 @@ ShardsFormat = Literal["parquet", "webdataset", "both"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """Decoders that work side by side, an encoder for every token product, a maker for every product of masks, and
-    the folder of the cache.
+    """Decoders that work side by side, an encoder for every token product, a maker for every product of masks and one
+    for candidate frames, and the folder of the cache.
 
     `fingerprints` names the version of each product that this worker makes. `commits` is False where the store
     cannot create a file only if it is absent: the worker then publishes, and the driver alone commits.
@@ -32,6 +34,7 @@ class Worker:
     encoders: Mapping[str, BatchEncoder]
     fingerprints: Mapping[str, str]
     mask_makers: Mapping[str, MaskMaker] = field(default_factory=dict)
+    frame_maker: FrameMaker | None = None
     commits: bool = True
 
     @property
@@ -48,11 +51,17 @@ class Worker:
         """The makers of masks that making `products` takes."""
         return {p: maker for p, maker in self.mask_makers.items() if p in products or WEBDATASET in products}
 
+    def frame_embedders_for(self, products: Sequence[str]) -> dict[str, FrameEmbedder]:
+        """The embedders of frames that making `products` takes; tars hold no frames."""
+        embedders = self.frame_maker.embedders if self.frame_maker else {}
+        return {p: embedder for p, embedder in embedders.items() if p in products}
+
 
 def fingerprints_of(
     decoder: FrameDecoder,
     encoders: Mapping[str, BatchEncoder],
     mask_makers: Mapping[str, MaskMaker] | None = None,
+    frame_maker: FrameMaker | None = None,
     format: ShardsFormat = "parquet",
 ) -> dict[str, str]:
     """The fingerprint of every product that `format` asks for: a digest of all that decides its bytes apart from
@@ -67,7 +76,8 @@ def fingerprints_of(
         made[product] = _masks_fingerprint(decoder, maker)
     prints = {WEBDATASET: tars_fingerprint(made)} if format != "parquet" else {}
     prints[CLIPS] = digest_of({"product": CLIPS, "format": FORMAT_VERSION, "decoder": decoder.identity})
-    return prints if format == "webdataset" else prints | made
+    prints |= {} if format == "webdataset" else made
+    return prints | (_frame_fingerprints(decoder, frame_maker) if frame_maker else {})
 
 
 def _token_fingerprints(decoder: FrameDecoder, product: str, encoder: BatchEncoder) -> dict[str, str]:
@@ -82,6 +92,22 @@ def _token_fingerprints(decoder: FrameDecoder, product: str, encoder: BatchEncod
     prints = {product: digest_of(basis | {"stored": encoder.layout.dtype})}
     if encoder.embedding:
         prints[product.replace(TOKENS, EMBEDDINGS)] = digest_of(basis | {"embedding": asdict(encoder.embedding)})
+    return prints
+
+
+def _frame_fingerprints(decoder: FrameDecoder, maker: FrameMaker) -> dict[str, str]:
+    """Of the candidate frames, and of every product of their embeddings."""
+    basis = {
+        "format": FORMAT_VERSION,
+        "decoder": decoder.identity,
+        "sampling": asdict(maker.sampling),
+        "fps": maker.fps,
+        "frames": FRAMES_REVISION,
+    }
+    prints = {FRAMES: digest_of(basis | {"scores": FRAME_SCORES_REVISION})}
+    for product, embedder in maker.embedders.items():
+        encoder = {"encoder": asdict(embedder.encoder.spec), "batch_size": embedder.batch_size}
+        prints[product] = digest_of(basis | encoder)
     return prints
 
 

@@ -16,15 +16,16 @@ _VERSION = re.compile(rf"{PRODUCTS}/(.+)/(\d+)\.json")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProductInfo:
-    """One product: the fingerprint of its current version; for tokens and masks also the recipe's section that asked
-    for them, and what their tokenizer or segmenter is. `shape` is that of a clip's tokens (of trajectories: of one
-    token), or of a clip's embedding; `levels` are the grids of codes that come in levels.
+    """One product: the fingerprint of its current version, the recipe's section that asked for it, and what its
+    tokenizer, segmenter or encoder of frames is. `shape` is that of a clip's tokens (of trajectories: of one token), or
+    of an embedding; `levels` are the grids of codes that come in levels.
     """
 
     fingerprint: str
     section: Mapping[str, Any] | None = None
     tokenizer: Mapping[str, Any] | None = None
     segmenter: Mapping[str, Any] | None = None
+    encoder: Mapping[str, Any] | None = None
     shape: tuple[int, ...] = ()
     levels: tuple[tuple[int, ...], ...] = ()
 

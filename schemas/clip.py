@@ -88,7 +88,7 @@ class ClipFrames:
 
     `decoder` is the name and version of the decoder that the video was routed to. `decoded_pts_s` are the presentation
     times of the valid frames as the decoder found them, `frame_numbers` their places in the video, from 0 in the order
-    shown.
+    shown, `is_key_frame` whether a decoder can start at them (empty where nobody says).
     """
 
     clip: Clip
@@ -96,6 +96,7 @@ class ClipFrames:
     decoded_pts_s: tuple[float, ...]
     frame_numbers: tuple[int, ...]
     decoder: str
+    is_key_frame: tuple[bool, ...] = ()
 
     def __post_init__(self) -> None:
         if self.frames_THWC.dtype != np.uint8 or self.frames_THWC.ndim != 4 or self.frames_THWC.shape[3] != 3:

@@ -141,7 +141,7 @@ class CalibrationSection(Section):
         default="standardized", description="of the raw score, or of how far it is from those of its video"
     )
     scale: float = Field(default=2.0, allow_inf_nan=False)
-    offset: float = Field(default=-1.0, allow_inf_nan=False)
+    bias: float = Field(default=-1.0, allow_inf_nan=False)
 
 
 class EncoderSection(Section):
@@ -157,7 +157,7 @@ class EncoderSection(Section):
 
 
 class FramesSection(Section):
-    """Which frames of a clip can be asked for, and what they are embedded by, so that queries that come later are scored
+    """Which frames of a clip can be asked for, and what they are embedded by: queries that come later are scored
     without video.
     """
 

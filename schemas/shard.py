@@ -13,6 +13,7 @@ WEBDATASET = "webdataset"
 SHORT_DIGEST = 12
 
 
+FRAMES = "frames"  # candidate frames; their embeddings are frames/<name>
 TOKENS, EMBEDDINGS, MASKS = "tokens/", "embeddings/", "masks/"  # how the products of a kind begin
 
 
@@ -24,6 +25,16 @@ def tokens_product(name: str) -> str:
 def masks_product(name: str) -> str:
     """The product that the recipe's section `masks.<name>` makes."""
     return f"{MASKS}{name}"
+
+
+def frames_product(name: str) -> str:
+    """The product that the recipe's section `frames.encoders.<name>` makes."""
+    return f"{FRAMES}/{name}"
+
+
+def is_of_frames(product: str) -> bool:
+    """Whether a product is of candidate frames: themselves, or their embeddings."""
+    return product == FRAMES or product.startswith(f"{FRAMES}/")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,8 +135,9 @@ class ShardTask:
 class ShardProgress:
     """What has happened since the last report, while a shard is being made.
 
-    `timings_s` are the seconds that the worker waited for decoded frames (``decode``) and that its tokenizers took
-    (``tokenize``); `queue_bytes` are frames decoded ahead; `num_retries` counts requests to a store made again.
+    `timings_s` are the seconds that the worker waited for decoded frames (``decode``) and that each step took, such as
+    its tokenizers (``tokenize``); `queue_bytes` are frames decoded ahead; `num_retries` counts requests to a store made
+    again.
     """
 
     shard_id: str

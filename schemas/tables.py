@@ -155,9 +155,9 @@ EMBEDDED_FRAMES_SCHEMA = pa.schema(
     ]
 )
 
-# Queries and what is known of frames for them: tables below relevance/, which only grow. `version` is the fingerprint of
-# the product (or the digest of the scorer) that a score was made by, `source` who says so. `example` is the clip or frame
-# that frames are to be like, in place of a text. A `label` is 1 where the frame is needed for the answer.
+# Queries and what is known of frames for them: tables below relevance/, which only grow. `version` is the fingerprint
+# of the product (or the digest of the scorer) that a score was made by, `source` who says so. `example` is the clip or
+# frame that frames are to be like, in place of a text. A `label` is 1 where the frame is needed for the answer.
 QUERY_SCHEMA = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
@@ -171,6 +171,17 @@ QUERY_EMBEDDING_SCHEMA = pa.schema(
         pa.field("scorer", pa.string(), nullable=False),
         pa.field("version", pa.string(), nullable=False),
         pa.field("embedding", pa.list_(pa.field("element", pa.float32(), nullable=False)), nullable=False),
+    ]
+)
+# `rule`, `scale` and `bias` are the calibration of its scores; `spec` is the scorer's, as JSON.
+SCORER_SCHEMA = pa.schema(
+    [
+        pa.field("scorer", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("rule", pa.string(), nullable=False),
+        pa.field("scale", pa.float64(), nullable=False),
+        pa.field("bias", pa.float64(), nullable=False),
+        pa.field("spec", pa.string(), nullable=False),
     ]
 )
 SCORE_SCHEMA = pa.schema(

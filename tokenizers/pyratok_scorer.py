@@ -30,7 +30,8 @@ class PyraTokScorer:
                 f" train one with model.text_width"
             )
         self._model, self._device = on_device(file.build(), device), device
-        self.spec = ScorerSpec(name="pyratok", dim=file.sizes.z_dim, weights_sha256=file.file.sha256, of="clip")
+        self._dim = file.sizes.z_dim
+        self.spec = ScorerSpec(name="pyratok", dim=self._dim, weights_sha256=file.file.sha256, of="clip")
 
     @torch.inference_mode()
     def embed_frames(self, frames_THWC: np.ndarray) -> np.ndarray:
@@ -53,9 +54,9 @@ class PyraTokScorer:
                 f"codes (t,h,w) of the first level of {num_frames} frames have t={num_codes}: {tuple(codes_thw.shape)=}"
             )
         low, high = (int(bound) for bound in codes_thw.long().aminmax())
-        if not 0 <= low <= high < 1 << self.spec.dim:
-            raise ValueError(f"codes of this model are from 0 to {(1 << self.spec.dim) - 1}: {low=} {high=}")
-        signs_tC = signs_of(codes_thw, self.spec.dim).mean((1, 2))
+        if not 0 <= low <= high < 1 << self._dim:
+            raise ValueError(f"codes of this model are from 0 to {(1 << self._dim) - 1}: {low=} {high=}")
+        signs_tC = signs_of(codes_thw, self._dim).mean((1, 2))
         latent_of_T = -(-torch.arange(num_frames, device=signs_tC.device) // stride)
         return F.normalize(signs_tC, dim=-1)[latent_of_T].cpu().numpy()
 
@@ -63,6 +64,6 @@ class PyraTokScorer:
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """float32 embeddings (N,D) of length 1 of texts."""
         if not texts:
-            return np.zeros((0, self.spec.dim), np.float32)
+            return np.zeros((0, self._dim), np.float32)
         logits_ND = self._model.text_logits(self._model.embed_texts(texts))
         return F.normalize(torch.tanh(logits_ND / 2), dim=-1).cpu().numpy()  # the mean sign of a bit

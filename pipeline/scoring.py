@@ -1,0 +1,177 @@
+"""Scoring frames: texts and examples against the frames of a cache, in SQL, without their videos."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import pyarrow as pa
+
+from ..schemas.errors import CacheError, did_you_mean
+from ..schemas.queries import query_id_of
+from ..schemas.shard import frames_product
+from ..schemas.tables import QUERY_EMBEDDING_SCHEMA
+from .appended import append, read_table
+from .relevance import calibrated, calibration_of, unit
+from .relevance_views import RELEVANCE
+from .storage import Folder
+from .views import CLIPS_WITH_VIDEOS
+
+if TYPE_CHECKING:
+    from .cache import TokenCache
+
+QUERY_EMBEDDINGS = f"{RELEVANCE}/query_embeddings"
+
+
+def encoder_name(cache: "TokenCache", name: str | None, *, for_text: bool) -> str:
+    """The encoder of frames called `name`, or the only one that can; CacheError says which there are, and how to add
+    one.
+    """
+    known = {p.partition("/")[2]: entry.encoder or {} for p, entry in cache.info.products.items() if entry.encoder}
+    able = [one for one, spec in known.items() if spec["takes_texts"] or not for_text]
+    what = "texts" if for_text else "frames"
+    if name is not None and name not in known:
+        raise CacheError(
+            f"{cache.folder.url}: no encoder {name!r}{did_you_mean(name, list(known))}: there are"
+            f" {', '.join(known) or 'none'}"
+        )
+    if name is not None and name not in able:
+        raise CacheError(
+            f"{cache.folder.url}: encoder {name} ({known[name]['name']}) takes no texts: {_how_to_add(able)}"
+        )
+    if name is None and not able:
+        there = ", ".join(f"{one} ({spec['name']})" for one, spec in known.items())
+        raise CacheError(
+            f"{cache.folder.url}: no encoder of its frames takes {what} (it has {there or 'none'}): {_how_to_add([])}"
+        )
+    if name is None and len(able) > 1:
+        raise CacheError(f"{cache.folder.url}: give one encoder of {', '.join(able)}")
+    return name or able[0]
+
+
+def _how_to_add(able: Sequence[str]) -> str:
+    if able:
+        return f"{', '.join(able)} can"
+    return (
+        "add one to the recipe, for instance frames: {encoders: {siglip: {encoder: transformers, weights:"
+        " hf://google/siglip-base-patch16-224}}}, and run it again: that makes the new embeddings alone"
+    )
+
+
+def text_vectors(cache: "TokenCache", name: str, texts: Sequence[str], *, store: bool = True) -> np.ndarray:
+    """float32 embeddings (N,D) of texts by the encoder `name`; those that the cache has are not made again, and with
+    `store` it has them afterwards.
+    """
+    folder, version = cache.folder, cache.info.products[frames_product(name)].fingerprint
+    ids = [query_id_of(text) for text in texts]
+    known = _known_vectors(folder, name, version)
+    lacking = {i: text for i, text in zip(ids, texts, strict=True) if i not in known}
+    if lacking:
+        made_ND = cache.encoder(name).embed_texts(list(lacking.values()))
+        known |= dict(zip(lacking, made_ND, strict=True))
+
+        def rows() -> pa.Table:
+            there = _known_vectors(folder, name, version)
+            new = [{"query_id": i, "embedding": known[i].tolist()} for i in lacking if i not in there]
+            return pa.Table.from_pylist(
+                [{**row, "scorer": name, "version": version} for row in new], schema=QUERY_EMBEDDING_SCHEMA
+            )
+
+        if store:
+            append(folder, QUERY_EMBEDDINGS, rows)
+    return np.stack([known[i] for i in ids]) if ids else np.zeros((0, 1), np.float32)
+
+
+def _known_vectors(folder: Folder, name: str, version: str) -> dict[str, np.ndarray]:
+    table = read_table(folder, QUERY_EMBEDDINGS, QUERY_EMBEDDING_SCHEMA)
+    return {
+        row["query_id"]: np.array(row["embedding"], np.float32)
+        for row in table.to_pylist()
+        if (row["scorer"], row["version"]) == (name, version)
+    }
+
+
+def example_vector(cache: "TokenCache", name: str, example: str) -> np.ndarray:
+    """float32 embedding (D,) of what frames are to be like: a clip, by its id or the first digits of it, or its
+    candidate frame ``<clip>:<frame>``; that of a clip is the mean of its frames.
+    """
+    prefix, _, frame = example.partition(":")
+    clip_id = cache.clip_id(prefix)
+    rows = cache.sql(f"select frame, embedding from frames_{name} where clip_id = ? order by frame", [clip_id])
+    frames = rows["frame"].to_pylist()
+    chosen = [i for i, one in enumerate(frames) if not frame or str(one) == frame]
+    if not chosen:
+        there = f"; accepted: {', '.join(map(str, frames))}" if frames else " in this cache"
+        raise CacheError(f"{cache.folder.url}: clip {clip_id} has no candidate frame {frame or ''}{there}")
+    vectors_ND = np.stack([np.array(rows["embedding"][i].as_py(), np.float32) for i in chosen])
+    return unit(vectors_ND.mean(0, keepdims=True))[0]
+
+
+def raw_scores(cache: "TokenCache", name: str, vector_D: np.ndarray, where: str = "true") -> pa.Table:
+    """video_id, clip_id, frame, pts_s and raw of every candidate frame of the clips where a condition holds."""
+    return cache.sql(f"{_scored(cache, name, where)} order by video_id, pts_s, clip_id", [vector_D.tolist()])
+
+
+def probabilities(cache: "TokenCache", name: str, vector_D: np.ndarray, where: str = "true") -> pa.Table:
+    """As `raw_scores`, with p, calibrated over the whole videos that these clips are of."""
+    whole = f"video_id in (select video_id from {CLIPS_WITH_VIDEOS} where {where})"
+    rows = raw_scores(cache, name, vector_D, whole)
+    videos_N = rows["video_id"].to_numpy(zero_copy_only=False)
+    calibration = calibration_of(cache.info.products[frames_product(name)])
+    p_N = calibrated(rows["raw"].to_numpy(), videos_N, calibration)
+    rows = rows.append_column("p", pa.array(p_N))
+    if where == "true":
+        return rows
+    return cache.answer(
+        f"from scored where clip_id in (select clip_id from {CLIPS_WITH_VIDEOS} where {where})", [], scored=rows
+    )
+
+
+def scores_for(cache: "TokenCache", query: str, scorer: str | None, where: str) -> pa.Table:
+    """clip_id, frame and p of the candidate frames of the clips where a condition holds, by an encoder, or by another
+    scorer as `relevance` has them: frames that it has not scored have p = 0. CacheError where it has scored none.
+    """
+    encoders = [p.partition("/")[2] for p, entry in cache.info.products.items() if entry.encoder]
+    if scorer is None or scorer in encoders:
+        name = encoder_name(cache, scorer, for_text=True)
+        return probabilities(cache, name, text_vectors(cache, name, [query], store=False)[0], where)
+    found = cache.sql(
+        f"""select f.clip_id, f.frame, coalesce(r.p, 0)::double as p, r.p is not null as is_scored
+            from frames f join {CLIPS_WITH_VIDEOS} c using (clip_id)
+            left join (from relevance where query_id = ? and scorer = ?) r using (clip_id, frame)
+            where f.clip_id in (select clip_id from {CLIPS_WITH_VIDEOS} where {where})""",
+        [query_id_of(query), scorer],
+    )
+    if not any(found["is_scored"].to_pylist()):
+        known = cache.sql("select distinct scorer from relevance where query_id = ?", [query_id_of(query)])
+        there = ", ".join(known["scorer"].to_pylist()) or "none"
+        raise CacheError(
+            f"{cache.folder.url}: {scorer} has scored no frame of these clips for {query!r}: scorers that have:"
+            f" {there}; encoders: {', '.join(encoders) or 'none'}: tokenmill score CACHE --query ... --rerank"
+        )
+    return found
+
+
+def best_frames(
+    cache: "TokenCache", name: str, vector_D: np.ndarray, k: int, by: Literal["frame", "clip"], where: str = "true"
+) -> pa.Table:
+    """The `k` frames of the highest raw scores, or the best frame of each of the `k` best clips, the best first."""
+    scored = _scored(cache, name, where)
+    if by == "clip":
+        scored = f"""
+            select any_value(video_id) as video_id, clip_id, arg_max(frame, raw) as frame,
+                   arg_max(pts_s, raw) as pts_s, max(raw) as raw from ({scored}) group by clip_id"""
+    return cache.sql(
+        f"""select b.video_id, v.uri, b.clip_id, b.frame, b.pts_s, b.raw
+            from (from ({scored}) order by raw desc, clip_id, frame limit {int(k)}) b
+            left join videos v using (video_id) order by raw desc, clip_id, frame""",
+        [vector_D.tolist()],
+    )
+
+
+def _scored(cache: "TokenCache", name: str, where: str) -> str:
+    """A query with one parameter, the vector that frames are compared with."""
+    dim = (cache.info.products[frames_product(name)].encoder or {})["dim"]
+    of = "" if where == "true" else f" where clip_id in (select clip_id from {CLIPS_WITH_VIDEOS} where {where})"
+    return f"""
+        select video_id, clip_id, frame, pts_s, array_inner_product(embedding, ?::FLOAT[{dim}]) as raw
+        from frames_{name}{of}"""
