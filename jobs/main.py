@@ -1,9 +1,13 @@
 """The command line. Each command imports its job when it is called, so that help answers at once."""
 
 import sys
+from functools import partial
 from typing import Annotated, Literal
 
 import typer
+
+from .options import CachePath, LogJson, Overrides, PinnedAs, RecipePath
+from .query_commands import labels, score, select
 
 app = typer.Typer(
     name="tokenmill",
@@ -12,17 +16,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe; path or fsspec URL.")]
-CachePath = Annotated[str, typer.Argument(metavar="CACHE", help="Folder of a token cache; path or fsspec URL.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeatable."),
-]
-PinnedAs = Annotated[
-    int | None, typer.Option("--snapshot", metavar="N", help="Read the cache as this snapshot pinned it.")
-]
-LogJson = Annotated[bool, typer.Option("--log-json", help="Report as JSON lines on standard output.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -205,6 +198,12 @@ def sql(
     print_answer(cache, query, format, output, max_rows=max_rows, snapshot=snapshot)
 
 
+app.command()(score)
+
+
+app.command()(select)
+
+
 @app.command()
 def reconstruct(
     cache: CachePath,
@@ -278,24 +277,42 @@ def export(
     export_trajtok(opened, output, masks, where, layout=layout or "video", root=root, per_tar=per_tar)
 
 
+app.command()(labels)
+
+
 @app.command()
 def train(
-    model: Annotated[Literal["pyratok"], typer.Argument(metavar="MODEL", help="What to train: pyratok.")],
+    model: Annotated[
+        Literal["pyratok", "router"], typer.Argument(metavar="MODEL", help="What to train: pyratok or router.")
+    ],
     recipe: RecipePath,
     overrides: Overrides = None,
     log_json: LogJson = False,
 ) -> None:
-    """Train a tokenizer on your videos; running it again resumes it. Exit code 75: asked to stop."""
-    from ..schemas.training import parse_training
+    """Train a tokenizer on your videos, or a router on a cache; running it again resumes it. Exit code 75: asked to
+    stop.
+    """
     from .recipes import load_as
 
-    loaded = load_as(parse_training, recipe, overrides or [])
+    if model == "pyratok":
+        from ..schemas.training import parse_training
+
+        loaded = load_as(parse_training, recipe, overrides or [])
+        from .train import train_pyratok
+
+        start = partial(train_pyratok, loaded)
+    else:
+        from ..schemas.router_training import parse_router_training
+
+        loaded = load_as(parse_router_training, recipe, overrides or [])
+        from .train_router import train_router
+
+        start = partial(train_router, loaded)
     from .display import showing
     from .interruption import resumable
-    from .train import train_pyratok
 
     with resumable(), showing(log_json=log_json) as display:
-        train_pyratok(loaded, display)
+        start(display)
 
 
 def main() -> None:

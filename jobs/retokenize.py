@@ -12,13 +12,15 @@ from ..pipeline.decoders import decode_ahead
 from ..pipeline.encode import EMBEDDING, VALUES
 from ..pipeline.plan_file import clips_of
 from ..pipeline.segment import SegmentedClip
-from ..pipeline.shard import batches, segment, tokenize
+from ..pipeline.shard import batches, embed, segment, tokenize
 from ..pipeline.worker import Worker
 from ..schemas.clip import Clip, ClipFrames, FrameBatch
-from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS
+from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS, frames_product
 from ..tokenizers.base import AnyTokenizer, TrajectoryTokenizer, joined_levels
 from .build import build_worker, recipe_of
 from .comparison import Comparison, TrackComparison, TrajectoryComparison
+
+MADE_AGAIN = (TOKENS, EMBEDDINGS, MASKS, frames_product(""))
 
 AnyComparison = Comparison | TrajectoryComparison | TrackComparison
 
@@ -38,7 +40,7 @@ def retokenize_sample(cache: TokenCache, fraction: float) -> list[str]:
 
 def _compared(cache: TokenCache, worker: Worker, fraction: float) -> Iterator[str]:
     """Print the figures of every product; yields a line for every problem."""
-    products = [product for product in worker.fingerprints if product.startswith((TOKENS, EMBEDDINGS, MASKS))]
+    products = [product for product in worker.fingerprints if product.startswith(MADE_AGAIN)]
     clips = sample_clips(cache, products, fraction)
     if not clips:
         yield "no clip could be made again: there is none with all its tokens in Parquet"
@@ -69,6 +71,7 @@ def _compare(
     clip_ids = [one.clip.clip_id for one in made]
     encoded = tokenize(batch, products, worker)
     segmented = segment(made, products, worker)
+    _, embedded = embed(made, products, worker)
     for product, comparison in comparisons.items():
         if isinstance(comparison, TrackComparison):
             stored = cache.read_masks(product, clip_ids)
@@ -77,6 +80,12 @@ def _compare(
                     comparison.add(clip_id, before.tracks_THW, now.masks.tracks_THW)
                 else:
                     yield f"clip {clip_id}: {product} cannot be made again: {now.reason}"
+        elif product in embedded:
+            for clip_id, now in zip(clip_ids, embedded[product], strict=True):
+                before_KD = torch.from_numpy(cache.read_frames(product, clip_id).embeddings_KD)
+                comparison.add(
+                    [clip_id], before_KD.flatten()[None], torch.from_numpy(now.embeddings_KD).flatten()[None]
+                )
         elif isinstance(comparison, TrajectoryComparison):
             stored = cache.read_trajectories(product, clip_ids)
             for clip_id, before, now in zip(clip_ids, stored, encoded[product].trajectories(), strict=True):
@@ -119,6 +128,8 @@ def _comparison(worker: Worker, product: str) -> AnyComparison:
         return TrackComparison(product=product)
     if product.startswith(EMBEDDINGS):
         return Comparison(product=product, dtype="float32")
+    if product.startswith(frames_product("")):
+        return Comparison(product=product, dtype="float16")
     encoder = worker.encoders[product]
     is_discrete = encoder.tokenizer.spec.kind == "discrete"
     values = Comparison(product=product, dtype=None if is_discrete else encoder.layout.dtype)

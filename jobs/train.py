@@ -16,7 +16,7 @@ from ..schemas.clip import ClipFrames
 from ..schemas.digest import digest_of
 from ..schemas.errors import CacheError, RecipeError, TokenizerError
 from ..schemas.recipe import ClipsSection
-from ..schemas.training import PyramidSection, TrainingRecipe, VaeSizesSection
+from ..schemas.training import PyramidSection, TrainingRecipe, VaeSizesSection, parse_training
 from ..tokenizers.load import check_device
 from ..tokenizers.pyratok import load_release
 from ..tokenizers.pyratok_losses import LossWeights, PyramidTraining
@@ -34,7 +34,7 @@ from .training_output import (
     cut_metrics,
     output_folder,
     read_checkpoint,
-    write_model,
+    write_whole,
 )
 from .training_steps import Learner, frames_of, take_steps
 
@@ -51,7 +51,7 @@ def train_pyratok(recipe: TrainingRecipe, display: Display) -> None:
     torch.set_num_threads(recipe.training.threads)
     folder = output_folder(recipe)
     with alone_in(folder):
-        claim(folder, recipe)
+        claim(folder, recipe, parse_training)
         kept = read_checkpoint(folder)
         if kept and kept["step"] > recipe.training.steps:
             raise RecipeError(
@@ -67,7 +67,7 @@ def train_pyratok(recipe: TrainingRecipe, display: Display) -> None:
             for decoder in decoders:
                 decoder.close()
         extra = {"step": str(learner.step), "recipe": digest_of(recipe.deciding)}
-        write_model(folder, lambda path: save_pyramid(learner.training.model, path, extra))
+        write_whole(folder, MODEL, lambda path: save_pyramid(learner.training.model, path, extra))
         display.event("trained", model=folder.uri(MODEL), steps=learner.step)
 
 

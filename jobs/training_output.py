@@ -15,14 +15,14 @@ from safetensors import SafetensorError
 from ..pipeline.storage import STAGING, Folder, storage_errors
 from ..schemas.errors import CacheError, RecipeError, StorageError
 from ..schemas.plan import PLAN_FOLDER
-from ..schemas.training import TrainingRecipe, changed_keys, parse_training
+from ..schemas.training import AnyTraining, changed_keys
 
 CLAIM, CHECKPOINT, METRICS, MODEL, LOCK = (
     "training.json", "checkpoint.pt", "metrics.jsonl", "model.safetensors", ".lock",
 )  # fmt: skip
 
 
-def output_folder(recipe: TrainingRecipe) -> Folder:
+def output_folder(recipe: AnyTraining) -> Folder:
     """The folder that the recipe names; RecipeError where it is not on this machine."""
     folder = Folder(recipe.output)
     if not folder.is_local:
@@ -47,8 +47,8 @@ def alone_in(folder: Folder) -> Iterator[None]:
         yield
 
 
-def claim(folder: Folder, recipe: TrainingRecipe) -> None:
-    """Make the folder this recipe's output; CacheError where it is another's.
+def claim(folder: Folder, recipe: AnyTraining, parse: Callable[[object], AnyTraining]) -> None:
+    """Make the folder this recipe's output; CacheError where it is another's. `parse` reads recipes of its kind.
 
     What another recipe began there and left without a checkpoint binds nothing, and is removed.
     """
@@ -60,7 +60,7 @@ def claim(folder: Folder, recipe: TrainingRecipe) -> None:
                 f" folder"
             )
     else:
-        changed = changed_keys(_claimed(folder), recipe)
+        changed = changed_keys(_claimed(folder, parse), recipe)
         if changed and folder.exists(CHECKPOINT):
             raise CacheError(
                 f"{folder.url}: this training was begun by another recipe, with {', '.join(changed)}:"
@@ -73,16 +73,20 @@ def claim(folder: Folder, recipe: TrainingRecipe) -> None:
         folder.replace(CLAIM, data)
 
 
-def _claimed(folder: Folder) -> TrainingRecipe:
+def _claimed(folder: Folder, parse: Callable[[object], AnyTraining]) -> AnyTraining:
     try:
-        return parse_training(json.loads(folder.read(CLAIM)))
-    except (ValueError, RecipeError) as error:
+        return parse(json.loads(folder.read(CLAIM)))
+    except ValueError as error:
         raise CacheError(f"{folder.uri(CLAIM)}: damaged ({error}): give output: another folder") from None
+    except RecipeError as error:
+        raise CacheError(
+            f"{folder.uri(CLAIM)}: that of another kind of training, or damaged ({error}): give output: another folder"
+        ) from None
 
 
 def write_checkpoint(folder: Folder, values: Mapping[str, Any]) -> None:
     """Keep `values` in place of the last checkpoint, which stays until these are whole on the disk."""
-    _write(folder, CHECKPOINT, lambda path: torch.save(dict(values), path))
+    write_whole(folder, CHECKPOINT, lambda path: torch.save(dict(values), path))
 
 
 def read_checkpoint(folder: Folder) -> dict[str, Any] | None:
@@ -98,14 +102,10 @@ def read_checkpoint(folder: Folder) -> dict[str, Any] | None:
         ) from None
 
 
-def write_model(folder: Folder, save: Callable[[str], object]) -> None:
-    """Put what `save` writes to a path into the folder as its model, whole."""
-    _write(folder, MODEL, save)
-
-
-def _write(folder: Folder, name: str, save: Callable[[str], object]) -> None:
+def write_whole(folder: Folder, name: str, save: Callable[[str], object]) -> None:
+    """Put what `save` writes to a path into the folder as `name`, whole."""
     with folder.staging() as staging:
-        path = f"{staging}/{name}"
+        path = f"{staging}/{os.path.basename(name)}"
         try:
             with storage_errors(folder.uri(name)):
                 save(path)

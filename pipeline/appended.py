@@ -6,6 +6,7 @@ was first: no row is there twice, and a killed process leaves whole files alone.
 
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,21 +34,45 @@ def append(folder: Folder, table: str, lacking: Callable[[], pa.Table | None]) -
 
 def names_in(folder: Folder, table: str) -> list[str]:
     """The files of a table, in the order in which they were added."""
-    names = [name for name in folder.list(table) if name.endswith(".parquet") and name.count("/") == table.count("/") + 1]
+    names = [
+        name for name in folder.list(table) if name.endswith(".parquet") and name.count("/") == table.count("/") + 1
+    ]
     return sorted(names, key=_number)
 
 
 def read_table(folder: Folder, table: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of a table, or `columns` of them; CacheError where a file is damaged."""
-    parts = [schema.empty_table().select(columns or schema.names)]
-    for name in names_in(folder, table):
-        try:
-            parts.append(
-                pq.read_table(io.BytesIO(folder.read(name)), columns=list(columns or schema.names)).cast(parts[0].schema)
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise CacheError(f"{folder.uri(name)}: damaged ({error}): delete it; what it held is made again") from None
-    return pa.concat_tables(parts)
+    none = schema.empty_table().select(columns or schema.names)
+    return pa.concat_tables([none, *(read_rows(folder, name, schema, columns) for name in names_in(folder, table))])
+
+
+def read_rows(folder: Folder, name: str, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """The rows of one file of a table, or `columns` of them; CacheError where it is damaged."""
+    wanted = schema.empty_table().select(columns or schema.names).schema
+    stored = io.BytesIO(folder.read(name))
+    try:
+        return pq.read_table(stored, columns=wanted.names, page_checksum_verification=True).cast(wanted)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CacheError(f"{folder.uri(name)}: damaged ({reason}): delete it; what it held is made again") from None
+
+
+class Keys:
+    """The different values that `columns` have together in a table; a file that was read is not read again."""
+
+    def __init__(self, folder: Folder, table: str, schema: pa.Schema, columns: Sequence[str]) -> None:
+        self.folder, self.table, self.schema, self.columns = folder, table, schema, list(columns)
+        self._found: set[tuple[Any, ...]] = set()
+        self._files_read: set[str] = set()
+
+    def read(self) -> set[tuple[Any, ...]]:
+        """All of them as of now."""
+        for name in names_in(self.folder, self.table):
+            if name not in self._files_read:
+                rows = read_rows(self.folder, name, self.schema, self.columns).group_by(self.columns).aggregate([])
+                self._found.update(zip(*(rows[column].to_pylist() for column in self.columns), strict=True))
+                self._files_read.add(name)
+        return self._found
 
 
 def _number(name: str) -> int:
@@ -58,6 +83,10 @@ def _number(name: str) -> int:
 def _bytes_of(rows: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(
-        rows.cast(with_format(rows.schema)), buffer, compression="zstd", write_page_checksum=True, row_group_size=1 << 20
+        rows.cast(with_format(rows.schema)),
+        buffer,
+        compression="zstd",
+        write_page_checksum=True,
+        row_group_size=1 << 20,
     )
     return buffer.getvalue()

@@ -16,6 +16,7 @@ from ..schemas.masks import ClipMasks
 from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS, WEBDATASET, frames_product
 from ..schemas.tokens import TokenGrid, TrajectoryTokens
 from .cache_head import read_info
+from .frames import EmbeddedFrames
 from .index import connect, ensure_index, file_uris
 from .mask_file import MaskFile
 from .open_files import OpenFiles
@@ -214,6 +215,18 @@ class TokenCache:
         """The masks of `clip_ids`, in their order; CacheError names clips that the product does not have."""
         places = self._locate(self.masks_product(product), clip_ids).to_pylist()
         return [self._mask_files.get(one["name"]).read(one["row_in_file"]) for one in places]
+
+    def read_frames(self, product: str, clip_id: str) -> EmbeddedFrames:
+        """The candidate frames of a clip with their embeddings, of a product `frames/<name>`."""
+        name = product.removeprefix(frames_product(""))
+        query = f"select frame, pts_s, embedding from frames_{name} where clip_id = ? order by frame"
+        rows = self.sql(query, [clip_id])
+        values_KD = rows["embedding"].combine_chunks().flatten().to_numpy().reshape(rows.num_rows, -1)
+        return EmbeddedFrames(
+            frames=tuple(rows["frame"].to_pylist()),
+            pts_s=tuple(rows["pts_s"].to_pylist()),
+            embeddings_KD=values_KD.astype("<f2"),
+        )
 
     def grid(self, product: str, clip_id: str) -> TokenGrid:
         """The token grid of one clip, with the number of its frames that are real; bfloat16 comes as float32."""

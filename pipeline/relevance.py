@@ -11,7 +11,7 @@ from ..schemas.cache_info import ProductInfo
 from ..schemas.errors import CacheError
 from ..schemas.relevance import Calibration, ScorerSpec
 
-ALIKE = 1e-6  # scores of a video with a smaller standard deviation do not differ
+ALIKE = 5e-3  # scores of a video with a smaller standard deviation do not differ: its frames are all alike
 WINDOW_FRAMES = 25  # that a score is smoothed over (PyraTok, arXiv:2601.16210)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "grey": (128,) * 3}
 

@@ -54,16 +54,21 @@ def store_scores(
 
 
 def add_scores(folder: Folder, name: str, version: str, rows: pa.Table) -> int:
-    """Add those of the scores in `rows` (KEY, video_id and raw) that are lacking; returns how many."""
-    table = _ScoreTable(folder, name, version)
+    """Add those of the scores in `rows` (SCORE_SCHEMA) that are lacking; returns how many."""
     ids = sorted(set(rows["query_id"].to_pylist()))
 
     def lacking() -> pa.Table:
-        known = {tuple(row.values()) for row in table.known(ids, ("", "~")).to_pylist()}
-        new = [row for row in rows.to_pylist() if (row["query_id"], row["clip_id"], row["frame"]) not in known]
-        return pa.Table.from_pylist([{**row, "scorer": name, "version": version} for row in new], schema=SCORE_SCHEMA)
+        known = known_scores(folder, name, version, ids)
+        new = [row for row in rows.to_pylist() if tuple(row[key] for key in KEY) not in known]
+        return pa.Table.from_pylist(new, schema=SCORE_SCHEMA)
 
-    return append(folder, table.folder_name, lacking)
+    return append(folder, f"{SCORES}/{name}", lacking)
+
+
+def known_scores(folder: Folder, name: str, version: str, query_ids: Sequence[str]) -> set[tuple[str, str, int]]:
+    """Query, clip and frame of all scores by a version of a scorer for these queries."""
+    known = _ScoreTable(folder, name, version).known(query_ids, ("", "~"))
+    return {tuple(row[key] for key in KEY) for row in known.to_pylist()}
 
 
 def spans(count: int) -> Iterator[Span]:

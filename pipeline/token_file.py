@@ -5,6 +5,7 @@ data page per row group: its values are the last ``rows * width`` bytes of the c
 only the footer to find any row. For every other reader the file is ordinary Parquet.
 """
 
+import io
 import json
 import mmap
 import zlib
@@ -230,7 +231,10 @@ def _check_written(path: str, planes: Mapping[str, np.ndarray]) -> None:
 
 
 class TokenFile:
-    """One token file, read through a buffer (a memory map, or bytes): any rows, checked on first touch."""
+    """One token file, read through a buffer (a memory map, or bytes): any rows, checked on first touch.
+
+    Through an open stream only its footer is read: it says where tokens lie, and does not give them.
+    """
 
     def __init__(self, buffer: Any, name: str) -> None:
         self._name = name
@@ -274,6 +278,27 @@ class TokenFile:
                 planes[name][chosen] = self._group_plane(group, name, verify=verify)[rows]
         return planes
 
+    def place(self, row: int, column: str) -> tuple[int, int]:
+        """Where the bytes of a row's `column` begin in the file, and how many they are; CacheError as `group_place`."""
+        offset, _, _ = self.group_place(row, column)
+        group = int(np.searchsorted(self._group_ends, row, side="right"))
+        width = self._widths[column]
+        return offset + (row - (int(self._group_ends[group - 1]) if group else 0)) * width, width
+
+    def group_place(self, row: int, column: str) -> tuple[int, int, int | None]:
+        """Where the `column` of all rows of a row's group begins, how many bytes it has, and their CRC-32 if known.
+
+        CacheError where its bytes cannot be addressed, since another tool has rewritten the file.
+        """
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"{self._name} has {self.num_rows} rows, asked for {row}")
+        group = int(np.searchsorted(self._group_ends, row, side="right"))
+        offset = self._groups[group][column]
+        if offset is None:
+            raise not_direct(self._name)
+        checksum = self._checksums[column][group] if self._checksums else None
+        return offset, self._group_sizes[group] * self._widths[column], checksum
+
     def _group_plane(self, group: int, name: str, *, verify: bool) -> np.ndarray:
         """A view (rows, width) of one token column of a row group; checked against its digest the first time."""
         num_rows, width = self._group_sizes[group], self._widths[name]
@@ -308,9 +333,13 @@ class TokenFile:
 
 
 def open_parquet(buffer: Any, name: str) -> pq.ParquetFile:
-    """The Parquet file `name`, whose bytes `buffer` holds; CacheError where it is none. Pages are checked when read."""
+    """The Parquet file `name`, whose bytes `buffer` holds or, as an open stream, gives; CacheError where it is none.
+
+    Pages are checked when read.
+    """
+    source = buffer if isinstance(buffer, io.IOBase) else pa.BufferReader(pa.py_buffer(buffer))
     try:
-        return pq.ParquetFile(pa.BufferReader(pa.py_buffer(buffer)), page_checksum_verification=True)
+        return pq.ParquetFile(source, page_checksum_verification=True)
     except pa.ArrowInvalid as error:
         raise CacheError(
             f"{name}: not a readable Parquet file ({error}): tokenmill verify names what is damaged"
@@ -324,6 +353,14 @@ def check_token_file(parquet: pq.ParquetFile, name: str) -> dict[bytes, bytes]:
         raise CacheError(f"{name}: no token layout in its footer, so it is not a token file")
     check_format(int(footer.get(FORMAT_KEY, b"0")), name)
     return footer
+
+
+def not_direct(name: str) -> CacheError:
+    """What is said of a file that is read as a whole alone."""
+    return CacheError(
+        f"{name}: another tool has rewritten it, so parts of its clips cannot be found in it: read whole clips"
+        f" (TokenCache.read), or delete the file's manifest and have tokenmill run make it anew"
+    )
 
 
 def values_offset(column: Any, width: int) -> int | None:

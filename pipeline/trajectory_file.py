@@ -25,6 +25,7 @@ from .token_file import (
     ROW_GROUP_BYTES,
     TokenLayout,
     check_token_file,
+    not_direct,
     open_parquet,
     values_offset,
 )
@@ -116,7 +117,10 @@ def _check_written(path: str, clips: Sequence[TrajectoryTokens]) -> None:
 
 
 class TrajectoryFile:
-    """One file of trajectory tokens, read through a buffer (a memory map, or bytes), checked on first touch."""
+    """One file of trajectory tokens, read through a buffer (a memory map, or bytes), checked on first touch.
+
+    Through an open stream it says where tokens lie and gives their outlines, but not themselves.
+    """
 
     def __init__(self, buffer: Any, name: str) -> None:
         self._name, self._buffer = name, buffer
@@ -135,26 +139,63 @@ class TrajectoryFile:
         self.is_direct = all(offset is not None for offset in self._offsets)
         if not self.is_direct:  # rewritten by others: the digests are of other row groups
             self._checksums = []
-        self._opened: dict[int, tuple[list[dict[str, Any]], np.ndarray, np.ndarray]] = {}
+        self._rows: dict[int, tuple[list[dict[str, Any]], np.ndarray]] = {}
+        self._values: dict[int, np.ndarray] = {}
 
     def read(self, row: int, *, verify: bool = True) -> TrajectoryTokens:
         """The tokens of one clip; bfloat16 as the int16 of its bits. CacheError where its row group is damaged."""
+        group, small, end = self._row(row)
+        if group not in self._values:
+            self._values[group] = self._open(group, verify=verify)
+        kinds = {"float16": "<f2", "float32": "<f4", "bfloat16": "<i2"}
+        chosen = self._values[group][end - small["num_tokens"] : end]
+        return self._tokens(row, small, chosen.copy().view(kinds[self.layout.dtype]))
+
+    def outline(self, row: int) -> TrajectoryTokens:
+        """All about the tokens of one clip but themselves, which are not read: `values_Nd` is (N,0)."""
+        _, small, _ = self._row(row)
+        return self._tokens(row, small, np.empty((small["num_tokens"], 0)))
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Where the bytes of a clip's first token begin in the file, and how many each token has.
+
+        CacheError where they cannot be addressed, since another tool has rewritten the file.
+        """
+        group, small, end = self._row(row)
+        offset, width = self._offsets[group], self.layout.widths[LOW]
+        if offset is None:
+            raise not_direct(self._name)
+        return offset + (end - small["num_tokens"]) * width, width
+
+    def group_place(self, row: int) -> tuple[int, int, int | None]:
+        """Where the tokens of a clip's row group begin, how many bytes they have, and their CRC-32 if it is known."""
+        group, _, _ = self._row(row)
+        _, ends_N = self._rows[group]
+        offset = self._offsets[group]
+        if offset is None:
+            raise not_direct(self._name)
+        checksum = self._checksums[group] if self._checksums else None
+        return offset, int(ends_N[-1]) * self.layout.widths[LOW], checksum
+
+    def _row(self, row: int) -> tuple[int, dict[str, Any], int]:
+        """The row group of a clip, its small columns, and the end of its tokens among those of the group."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"{self._name} has {self.num_rows} rows, asked for {row}")
         group = int(np.searchsorted(self._group_ends, row, side="right"))
-        if group not in self._opened:
-            self._opened[group] = self._open(group, verify=verify)
-        rows, ends_N, values = self._opened[group]
+        if group not in self._rows:
+            rows = self._small_rows(group)
+            self._rows[group] = rows, np.cumsum([one["num_tokens"] for one in rows])
+        rows, ends_N = self._rows[group]
         local = row - (int(self._group_ends[group - 1]) if group else 0)
-        small = rows[local]
-        kinds = {"float16": "<f2", "float32": "<f4", "bfloat16": "<i2"}
-        chosen = values[ends_N[local] - small["num_tokens"] : ends_N[local]]
+        return group, rows[local], int(ends_N[local])
+
+    def _tokens(self, row: int, small: Mapping[str, Any], values_Nd: np.ndarray) -> TrajectoryTokens:
         try:
             assignment_Thw = unpack_planes(small["assignment"], tuple(small["assignment_shape"]))
         except ValueError as error:
             raise CacheError(f"{self._name}: row {row}: {error}: tokenmill verify lists what is damaged") from None
         return TrajectoryTokens(
-            values_Nd=chosen.copy().view(kinds[self.layout.dtype]),
+            values_Nd=values_Nd,
             slots_N=np.array(small["slots"], np.int64),
             chunks_N=np.array(small["chunks"], np.int64),
             trajectories_N=np.array(small["trajectories"], np.int64),
@@ -164,27 +205,29 @@ class TrajectoryFile:
             mass_N=None if small["mass"] is None else np.array(small["mass"], np.float32),
         )
 
-    def _open(self, group: int, *, verify: bool) -> tuple[list[dict[str, Any]], np.ndarray, np.ndarray]:
-        """Small columns of a row group, the end of each row's tokens, and all its tokens (n, width)."""
+    def _small_rows(self, group: int) -> list[dict[str, Any]]:
         try:
             columns = TRAJECTORY_TOKENS_SCHEMA.names
-            rows = self._parquet.read_row_group(group, columns=columns, use_threads=False).to_pylist()
+            return self._parquet.read_row_group(group, columns=columns, use_threads=False).to_pylist()
         except (OSError, pa.ArrowException) as error:
             raise CacheError(
                 f"{self._name}: row group {group} is damaged ({error}): tokenmill verify lists what is damaged; delete"
                 f" the file's manifest and run the recipe again"
             ) from None
-        ends_N = np.cumsum([row["num_tokens"] for row in rows])
+
+    def _open(self, group: int, *, verify: bool) -> np.ndarray:
+        """All tokens (n, width) of a row group."""
         offset, width = self._offsets[group], self.layout.widths[LOW]
         if offset is None:
             column = self._parquet.read_row_group(group, columns=[LOW], use_threads=False).column(0)
             data = b"".join(value for row in column.to_pylist() for value in row)
             values = np.frombuffer(data, np.uint8).reshape(-1, width)
         else:
+            _, ends_N = self._rows[group]
             values = np.frombuffer(self._buffer, np.uint8, int(ends_N[-1]) * width, offset).reshape(-1, width)
         if verify and self._checksums and zlib.crc32(values.data) != self._checksums[group]:
             raise CacheError(
                 f"{self._name}: row group {group} of column {LOW} is damaged (its CRC-32 does not match):"
                 f" tokenmill verify lists what is damaged; delete the file's manifest and run the recipe again"
             )
-        return rows, ends_N, values
+        return values

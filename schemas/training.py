@@ -1,7 +1,7 @@
 """The recipe of a training: which clips to learn from, what to train, and how; checked before any work."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -9,19 +9,20 @@ from .errors import RecipeError
 from .recipe import ClipsSection, DecodeSection, Recipe, Section, Source, checked
 
 # What may change between two runs in one output folder: it decides where and how fast, not what is learned.
-FREE = frozenset(
-    {
-        "output",
-        "decode.processes",
-        "decode.run_in",
-        "decode.timeout_s",
-        "decode.memory_mb",
-        "training.steps",
-        "training.device",
-        "training.checkpoint_every",
-        "training.log_every",
-    }
-)
+FREE = frozenset({"output", "training.checkpoint_every", "training.log_every"})  # in every training
+
+
+class AnyTraining(Section):
+    """What the recipe of every training has: where its model goes, and which of its keys decide the weights."""
+
+    free: ClassVar[frozenset[str]] = FREE
+    output: str = Field(min_length=1, description="local folder of the model, and of what resuming takes")
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What decides the weights, by dotted key."""
+        values = dict(_flat(self.model_dump(mode="json", exclude={"storage"})))
+        return {key: value for key, value in values.items() if key not in self.free}
 
 
 RANDOM_VAE_STEPS = 200  # that a small VAE takes to show what there is, before levels are of use
@@ -99,10 +100,17 @@ class LearningSection(Section):
     losses: LossesSection = LossesSection()
 
 
-class TrainingRecipe(Section):
+class TrainingRecipe(AnyTraining):
     """A training: what to read, how to cut it, what to train on it, and where to keep what was learned."""
 
-    output: str = Field(min_length=1, description="local folder of the model, and of what resuming takes")
+    free: ClassVar[frozenset[str]] = FREE | {
+        "decode.processes",
+        "decode.run_in",
+        "decode.timeout_s",
+        "decode.memory_mb",
+        "training.steps",
+        "training.device",
+    }
     sources: tuple[Source, ...] = Field(min_length=1)
     clips: ClipsSection
     model: PyramidSection = PyramidSection()
@@ -128,10 +136,9 @@ class TrainingRecipe(Section):
 
     @property
     def deciding(self) -> dict[str, Any]:
-        """What decides the weights, by dotted key."""
-        values = dict(_flat(self.model_dump(mode="json", exclude={"storage"})))
-        fixed = {"training.steps"} if self.training.schedule == "cosine" else set()
-        return {key: value for key, value in values.items() if key not in FREE - fixed}
+        """What decides the weights, by dotted key; the number of steps too, where the schedule depends on it."""
+        fixed = {"training.steps": self.training.steps} if self.training.schedule == "cosine" else {}
+        return super().deciding | fixed
 
 
 def parse_training(data: object) -> TrainingRecipe:
@@ -151,10 +158,10 @@ def parse_training(data: object) -> TrainingRecipe:
     return recipe
 
 
-def changed_keys(before: TrainingRecipe, now: TrainingRecipe) -> list[str]:
+def changed_keys(before: AnyTraining, now: AnyTraining) -> list[str]:
     """What `now` changes of what decides the weights, each as ``key=before (this recipe: now)``."""
     old, new = before.deciding, now.deciding
-    keys = [key for key in {**old, **new} if key not in FREE or (key in old and key in new)]
+    keys = [key for key in {**old, **new} if key not in now.free or (key in old and key in new)]
     return [f"{key}={old.get(key)} (this recipe: {new.get(key)})" for key in keys if old.get(key) != new.get(key)]
 
 

@@ -8,6 +8,7 @@ import yaml
 
 from tokenmill.schemas.errors import RecipeError
 from tokenmill.schemas.recipe import Recipe, parse_recipe
+from tokenmill.schemas.router_training import parse_router_training
 from tokenmill.schemas.training import parse_training
 
 GOOD: dict[str, Any] = {
@@ -79,7 +80,9 @@ def test_the_json_schema_names_every_section() -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "examples").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_example_is_a_valid_recipe(path: Path) -> None:
-    parse = parse_training if path.name.startswith("train_") else parse_recipe
+    parse = {"train_pyratok.yaml": parse_training, "train_router.yaml": parse_router_training}.get(
+        path.name, parse_recipe
+    )
     parse(yaml.safe_load(path.read_text()))
 
 
