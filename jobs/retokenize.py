@@ -80,7 +80,7 @@ def _compare(
                     comparison.add(clip_id, before.tracks_THW, now.masks.tracks_THW)
                 else:
                     yield f"clip {clip_id}: {product} cannot be made again: {now.reason}"
-        elif product in embedded:
+        elif isinstance(comparison, Comparison) and product in embedded:
             for clip_id, now in zip(clip_ids, embedded[product], strict=True):
                 before_KD = torch.from_numpy(cache.read_frames(product, clip_id).embeddings_KD)
                 comparison.add(

@@ -55,13 +55,7 @@ def print_selection(
     if output:
         _write_tokens(selection, output)
     if png:
-        _draw(
-            opened,
-            selection,
-            scored,
-            f"{query}: {selection.num_tokens:,} of {budget:,} tokens, {selection.policy}",
-            png,
-        )
+        _draw(opened, selection, scored, f"{query}: {selection.policy}", budget, png)
 
 
 def read_tiers(text: str | None) -> tuple[int, ...] | None:
@@ -141,14 +135,16 @@ def _write_tokens(selection: Selection, output: str) -> None:
     print(f"{output}: {len(tensors)} tensors in the order of the plan, which is in its metadata")
 
 
-def _draw(cache: TokenCache, selection: Selection, scored: pa.Table, title: str, png: str) -> None:
+def _draw(cache: TokenCache, selection: Selection, scored: pa.Table, title: str, budget: int, png: str) -> None:
     clips = cache.answer(
         "select * from clips where clip_id in (select clip_id from scored) order by video_id, start_s",
         [],
         scored=scored,
     )
+    thumbnails = _thumbnails(cache, selection, clips)
+    picture = draw_timeline(selection.plan, scored, clips, thumbnails, title, budget=budget)
     with written_aside(png) as aside:
-        write_png(aside, draw_timeline(selection.plan, scored, clips, _thumbnails(cache, selection, clips), title))
+        write_png(aside, picture)
     print(f"{png}: relevance, tokens of each step, and frames")
 
 

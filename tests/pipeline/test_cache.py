@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import tokenmill
+from tokenmill.jobs.opening import open_cache as open_with_encoders
 from tokenmill.pipeline.cache import TokenCache, open_cache
 from tokenmill.pipeline.cache_head import register_products
 from tokenmill.pipeline.decode import FakeDecoder
@@ -393,7 +394,7 @@ def test_a_cache_can_be_sent_to_another_process(cache: TokenCache, made: tuple[s
 
 
 def test_the_public_names_are_there() -> None:
-    assert tokenmill.open_cache is open_cache
+    assert tokenmill.open_cache is open_with_encoders
     assert tokenmill.TokenLoader is TokenLoader
     assert tokenmill.load_tokenizer("fake").spec.name == "fake"
     with pytest.raises(AttributeError, match="has no attribute 'opencache'; it has TokenCache"):
