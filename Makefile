@@ -32,7 +32,9 @@ demo: $(READY)
 	@clip=$$($(BIN)/tokenmill sql $(DEMO) --format csv "select clip_id from clips join videos using (video_id) \
 	  where uri like '%bigbuckbunny%' order by start_s limit 1" | tail -n 1) && \
 	  $(BIN)/tokenmill reconstruct $(DEMO) $$clip out/demo.mp4 --png out/demo.png && \
-	  $(BIN)/tokenmill reconstruct $(DEMO) $$clip out/masks.mp4 --png out/masks.png --masks objects
+	  $(BIN)/tokenmill reconstruct $(DEMO) $$clip out/masks.mp4 --png out/masks.png --masks objects && \
+	  echo '== tokenmill score $(DEMO) --like CLIP_ID --by clip --top 4' && \
+	  $(BIN)/tokenmill score $(DEMO) --like $$clip --by clip --top 4
 	@printf '\nMade: $(DEMO) (the cache), out/demo.mp4 and .png (source, tokens), out/masks.mp4 and .png (source, trajectories)\n'
 	@printf 'Next: tokenmill status $(DEMO); tokenmill verify $(DEMO); python examples/train.py $(DEMO); README.md\n'
 	@printf '(the command lives in $(BIN): source $(BIN)/activate)\n'

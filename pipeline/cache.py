@@ -13,6 +13,7 @@ import torch
 from ..schemas.cache_info import ProductInfo
 from ..schemas.errors import CacheError, did_you_mean
 from ..schemas.masks import ClipMasks
+from ..schemas.relevance import Calibration, Rule
 from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS, WEBDATASET, frames_product
 from ..schemas.tokens import TokenGrid, TrajectoryTokens
 from .cache_head import read_info
@@ -330,6 +331,12 @@ class TokenCache:
 
         scored = scores_for(self, query, scorer, where)
         return select_tokens(self, self.product(product), scored, budget_tokens, SelectionSettings(**settings))
+
+    def fit_calibration(self, scorer: str, rule: Rule = "standardized", source: str | None = None) -> Calibration:
+        """The calibration of a scorer that fits the cache's labels best, for the recipe; CacheError without any."""
+        from .calibration import fit_calibration
+
+        return fit_calibration(self, scorer, rule, source)
 
     def refresh(self) -> None:
         """See the scores, labels and policies that were added since the cache was opened."""

@@ -59,12 +59,17 @@ def calibrated(raw_N: np.ndarray, videos_N: np.ndarray, calibration: Calibration
     """float64 p (N,) in (0,1) of raw scores of frames for one text; `videos_N` says which are of the same video."""
     raw_N = np.asarray(raw_N, np.float64)
     if calibration.rule == "standardized":
-        _, video_N = np.unique(videos_N, return_inverse=True)
-        counts = np.bincount(video_N)
-        apart_N = raw_N - (np.bincount(video_N, raw_N) / counts)[video_N]
-        deviations_N = np.sqrt(np.bincount(video_N, apart_N**2) / counts)[video_N]
-        raw_N = np.divide(apart_N, deviations_N, out=np.zeros_like(apart_N), where=deviations_N > ALIKE)
+        raw_N = standardized(raw_N, videos_N)
     return 1 / (1 + np.exp(-(calibration.scale * raw_N + calibration.bias)))
+
+
+def standardized(raw_N: np.ndarray, videos_N: np.ndarray) -> np.ndarray:
+    """How far scores (N,) are from the mean of their video, in its standard deviations; 0 where all are alike."""
+    _, video_N = np.unique(videos_N, return_inverse=True)
+    counts = np.bincount(video_N)
+    apart_N = raw_N - (np.bincount(video_N, raw_N) / counts)[video_N]
+    deviations_N = np.sqrt(np.bincount(video_N, apart_N**2) / counts)[video_N]
+    return np.divide(apart_N, deviations_N, out=np.zeros_like(apart_N), where=deviations_N > ALIKE)
 
 
 def calibration_of(entry: ProductInfo) -> Calibration:
