@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..pipeline.cache_head import read_info
@@ -143,9 +142,6 @@ def build_frame_maker(recipe: Recipe) -> FrameMaker | None:
     for name, of in section.encoders.items():
         try:
             encoder = load_encoder(of)
-            if encoder.spec.of == "clip":  # which may refuse the size of clips
-                sampling = recipe.clips.sampling
-                encoder.embed_frames(np.zeros((sampling.num_frames, sampling.height, sampling.width, 3), np.uint8))
         except (TokenizerError, RecipeError) as error:
             raise RecipeError(f"frames.encoders.{name}: {error}") from None
         embedders[frames_product(name)] = FrameEmbedder(encoder=encoder, batch_size=of.batch_size)

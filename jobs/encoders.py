@@ -66,18 +66,6 @@ def _load_trajtok(settings: Settings) -> FrameEncoder:
     return TrajTokFrames(settings)
 
 
-def _load_pyratok(settings: Settings) -> FrameEncoder:
-    from ..tokenizers.pyratok_scorer import PyraTokScorer
-
-    refuse_options("pyratok", settings)
-    if settings.dtype != "float32":
-        raise TokenizerError(
-            f"pyratok scores frames in float32 alone, found dtype {settings.dtype!r}: set dtype to float32"
-        )
-    weights = _weights("pyratok", settings, "a pyramid that was trained with texts", "runs/pyratok/model.safetensors")
-    return PyraTokScorer(weights, settings.device)  # pyright: ignore[reportReturnType]  its frames are T of one clip
-
-
 PLAIN = ("fake", "look")  # encoders without networks
 # Loaders import their encoder when called: loading one imports no other.
 ENCODERS: dict[str, Callable[[Settings], FrameEncoder]] = {
@@ -86,7 +74,6 @@ ENCODERS: dict[str, Callable[[Settings], FrameEncoder]] = {
     "transformers": _load_transformers,
     "open_clip": _load_open_clip,
     "trajtok": _load_trajtok,
-    "pyratok": _load_pyratok,
 }
 
 

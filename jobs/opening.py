@@ -1,8 +1,7 @@
 """Opening a cache with all that its queries may need."""
 
 from ..pipeline import cache as caches
-from ..pipeline.relevance import FrameEncoder
-from ..schemas.cache_info import ProductInfo
+from ..pipeline.relevance import FrameEncoder, KnownEncoder
 from ..schemas.recipe import EncoderSection
 
 
@@ -14,11 +13,16 @@ def open_cache(uri: str, snapshot: int | None = None) -> caches.TokenCache:
     return caches.open_cache(uri, snapshot, load_encoder_of)
 
 
-def load_encoder_of(entry: ProductInfo) -> FrameEncoder:
-    """The encoder that made a product of embedded frames, on the CPU where its GPU is not here."""
+def load_encoder_of(known: KnownEncoder) -> FrameEncoder:
+    """The encoder whose embeddings a cache has, on the CPU where its GPU is not here."""
     import torch
 
-    from .encoders import load_encoder
+    device = None if torch.cuda.is_available() else "cpu"
+    if known.has_embeddings:
+        from .encoders import load_encoder
 
-    section = EncoderSection(**(entry.section or {}))
-    return load_encoder(section, None if torch.cuda.is_available() else "cpu")
+        return load_encoder(EncoderSection(**known.section), device)
+    from ..tokenizers.pyratok_scorer import PyraTokScorer
+
+    scorer = PyraTokScorer(known.section["weights"], device or known.section["device"])
+    return scorer  # pyright: ignore[reportReturnType]  its frames are those of one clip

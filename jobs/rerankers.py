@@ -10,7 +10,7 @@ import torch
 from ..pipeline.appended import append, read_table
 from ..pipeline.cache import TokenCache
 from ..pipeline.queries import add_queries
-from ..pipeline.relevance import FrameScorer
+from ..pipeline.relevance import FrameScorer, encoders_of
 from ..pipeline.rerank import FramesOf
 from ..pipeline.scoring import text_vectors
 from ..schemas.digest import digest_of
@@ -56,9 +56,9 @@ def load_reranker(cache: TokenCache, router: str, model: str | None, device: str
 
 def encoder_of(cache: TokenCache, file: RouterFile) -> str:
     """The encoder of the cache whose embeddings a router was trained on; CacheError where there is none."""
-    for product, entry in cache.info.products.items():
-        if entry.encoder and file.about.of in (entry.encoder["weights_sha256"], entry.encoder["name"]):
-            return product.partition("/")[2]
+    for name, encoder in encoders_of(cache.info).items():
+        if file.about.of in (encoder.spec["weights_sha256"], encoder.spec["name"]):
+            return name
     raise CacheError(
         f"{cache.folder.url}: router {file.file.uri} was trained on embeddings of {file.about.of[:12]}, which the cache"
         f" has not: train one on an encoder that it has"

@@ -6,7 +6,7 @@ They are made in chunks, each a file of its own until all are there: a run that 
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -15,26 +15,24 @@ import pyarrow.compute as pc
 import torch
 
 from ..pipeline.cache import TokenCache
+from ..pipeline.relevance import KnownEncoder, check_same_encoder, encoders_of
 from ..pipeline.storage import Folder, storage_errors
-from ..schemas.cache_info import ProductInfo
 from ..schemas.digest import digest_of
 from ..schemas.errors import CacheError, DecodeError, RecipeError, TokenizerError, did_you_mean
-from ..schemas.recipe import EncoderSection
 from ..schemas.router_training import EarlyLayersSection, RouterTrainingRecipe
-from ..schemas.shard import frames_product
 from ..tokenizers.early_layers import EarlyLayers
 from ..tokenizers.load import check_device
 from ..tokenizers.router import pair_features
 from .display import Display
-from .encoders import load_encoder
 from .interruption import raise_if_interrupted
+from .opening import load_encoder_of
 from .reconstruct import source_of
 from .training_output import write_whole
 
 FEATURES = "features"
 ABOUT, CHUNKS = f"{FEATURES}/about.json", f"{FEATURES}/chunks"
 CHUNK = 4096  # examples in a file until all are there
-MADE_BY = ("name", "dim", "weights_sha256", "options", "revision")  # what of an encoder decides its embeddings
+TEXTS_AT_ONCE = 64
 IMPORT = "tokenmill labels import CACHE FILE.jsonl"
 LEFT_OUT = {
     "relevance": f"labels of embedded frames for queries with a text are learned from: {IMPORT}",
@@ -136,18 +134,16 @@ def _version(recipe: RouterTrainingRecipe, cache: TokenCache) -> Any:
     """What features are made by, as plain values; RecipeError for an encoder that the cache does not have."""
     if recipe.early_layers:
         return recipe.early_layers.model_dump(mode="json", exclude={"device"})
-    return [recipe.features, _product(recipe, cache).fingerprint]
+    return [recipe.features, _encoder(recipe, cache).version]
 
 
-def _product(recipe: RouterTrainingRecipe, cache: TokenCache) -> ProductInfo:
-    """The embeddings of frames that the recipe names, of an encoder that takes texts."""
-    name, products = recipe.features or "", cache.info.products
-    known = [
-        product.partition("/")[2] for product, entry in products.items() if (entry.encoder or {}).get("takes_texts")
-    ]
+def _encoder(recipe: RouterTrainingRecipe, cache: TokenCache) -> KnownEncoder:
+    """The encoder of frames that the recipe names, which takes texts."""
+    name, encoders = recipe.features or "", encoders_of(cache.info)
+    known = [one for one, encoder in encoders.items() if encoder.spec["takes_texts"]]
     if name in known:
-        return products[frames_product(name)]
-    no_texts = ", which takes no texts," if frames_product(name) in products else ""
+        return encoders[name]
+    no_texts = ", which takes no texts," if name in encoders else ""
     raise RecipeError(
         f"features: found {name!r}{no_texts}{did_you_mean(name, known)}; accepted: encoders of frames and texts in"
         f" {cache.folder.url}: {', '.join(known) or 'there are none: add frames.encoders to the recipe of the cache'}"
@@ -318,25 +314,18 @@ def _maker(recipe: RouterTrainingRecipe, cache: TokenCache, display: Display) ->
     try:
         if recipe.early_layers:
             return EarlyFeatures(recipe.early_layers, cache, display)
-        return PairFeatures(recipe.features or "", _product(recipe, cache), cache)
-    except (TokenizerError, RecipeError) as error:
+        return PairFeatures(_encoder(recipe, cache), cache)
+    except (TokenizerError, RecipeError, CacheError) as error:
         raise RecipeError(f"{'early_layers' if recipe.early_layers else 'features'}: {error}") from None
 
 
 class PairFeatures:
     """Pairs of embeddings, of frames as the cache has them and of texts by the encoder that made those."""
 
-    def __init__(self, name: str, product: ProductInfo, cache: TokenCache) -> None:
-        self._name, self._cache = name, cache
-        section = EncoderSection.model_validate(product.section)
-        self._encoder, self._batch_size = load_encoder(section, "cpu"), section.batch_size
-        made, here = product.encoder or {}, json.loads(json.dumps(asdict(self._encoder.spec)))
-        others = [f"{key} {made.get(key)} there, {here[key]} here" for key in MADE_BY if made.get(key) != here[key]]
-        if others:
-            raise TokenizerError(
-                f"the frames were embedded by another {name} than is here ({'; '.join(others)}): put its weights back,"
-                f" or run the recipe of the cache again"
-            )
+    def __init__(self, known: KnownEncoder, cache: TokenCache) -> None:
+        self._name, self._cache = known.name, cache
+        self._encoder = load_encoder_of(known)
+        check_same_encoder(self._encoder, known, cache.folder.url)
         self.of = self._encoder.spec.weights_sha256 or self._encoder.spec.name
 
     def of_frames(self, rows: Sequence[Row]) -> np.ndarray:
@@ -355,8 +344,8 @@ class PairFeatures:
         return pair_features(torch.from_numpy(frames_ND), torch.from_numpy(texts_ND)).numpy()
 
     def of_texts(self, texts: Sequence[str]) -> np.ndarray:
-        firsts = range(0, len(texts), self._batch_size)
-        return np.concatenate([self._encoder.embed_texts(texts[first : first + self._batch_size]) for first in firsts])
+        firsts = range(0, len(texts), TEXTS_AT_ONCE)
+        return np.concatenate([self._encoder.embed_texts(texts[first : first + TEXTS_AT_ONCE]) for first in firsts])
 
 
 class EarlyFeatures:

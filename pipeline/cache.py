@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..schemas.cache_info import ProductInfo
 from ..schemas.errors import CacheError, did_you_mean
 from ..schemas.masks import ClipMasks
 from ..schemas.relevance import Calibration, Rule
@@ -22,7 +21,7 @@ from .index import connect, ensure_index, file_uris
 from .mask_file import MaskFile
 from .open_files import OpenFiles
 from .queries import add_queries
-from .relevance import FrameEncoder, check_same_encoder
+from .relevance import FrameEncoder, KnownEncoder, check_same_encoder, encoders_of
 from .relevance_views import create_relevance_views
 from .scoring import best_frames, encoder_name, example_vector, scores_for, text_vectors
 from .snapshots import read_snapshot, take_snapshot
@@ -34,7 +33,7 @@ from .views import CLIPS_WITH_VIDEOS, create_views
 if TYPE_CHECKING:
     from .selection import Selection
 
-LoadEncoder = Callable[[ProductInfo], FrameEncoder]  # what made a product of embedded frames
+LoadEncoder = Callable[[KnownEncoder], FrameEncoder]  # what made embeddings
 
 
 def open_cache(uri: str, snapshot: int | None = None, load_encoder: LoadEncoder | None = None) -> "TokenCache":
@@ -266,13 +265,13 @@ class TokenCache:
         return TokenLoader(self, product, batch_size, where=where, levels=levels)
 
     def encoder(self, name: str) -> FrameEncoder:
-        """The encoder that made the product `frames/<name>`; CacheError where another one is here."""
+        """The encoder called `name` itself, with its texts; CacheError where another one is here."""
         if name not in self._encoders:
-            entry = self.info.products[frames_product(name)]
+            known = encoders_of(self.info)[name]
             if self._load_encoder is None:
                 raise CacheError(f"{self.folder.url}: opened without encoders: open it by tokenmill.open_cache")
-            encoder = self._load_encoder(entry)
-            check_same_encoder(encoder, entry, f"{self.folder.url}: {frames_product(name)}")
+            encoder = self._load_encoder(known)
+            check_same_encoder(encoder, known, self.folder.url)
             self._encoders[name] = encoder
         return self._encoders[name]
 

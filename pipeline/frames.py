@@ -36,14 +36,9 @@ class FrameEmbedder:
 
     def embed(self, clips: Sequence[ClipFrames], chosen: Sequence[Sequence[int]]) -> list[EmbeddedFrames]:
         """The embeddings of the `chosen` frames of each clip; TokenizerError where one is not a number."""
-        if self.encoder.spec.of == "clip":
-            embedded = [
-                self.encoder.embed_frames(one.frames_THWC)[list(k)] for one, k in zip(clips, chosen, strict=True)
-            ]
-        else:
-            frames_NHWC = np.concatenate([one.frames_THWC[list(k)] for one, k in zip(clips, chosen, strict=True)])
-            ends = np.cumsum([len(k) for k in chosen])[:-1]
-            embedded = np.split(np.concatenate(list(self._batches(frames_NHWC))), ends)
+        frames_NHWC = np.concatenate([one.frames_THWC[list(k)] for one, k in zip(clips, chosen, strict=True)])
+        ends = np.cumsum([len(k) for k in chosen])[:-1]
+        embedded = np.split(np.concatenate(list(self._batches(frames_NHWC))), ends)
         if not all(np.isfinite(values_KD).all() for values_KD in embedded):
             raise TokenizerError(
                 f"{self.encoder.spec.name} gives embeddings that are not numbers: set dtype to float32, or check its"

@@ -1,16 +1,18 @@
 """How much frames matter to a text: the product of their embeddings, and where in a clip it is large."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..schemas.cache_info import ProductInfo
+from ..schemas.cache_info import CacheInfo
 from ..schemas.errors import CacheError
 from ..schemas.relevance import Calibration, ScorerSpec
+from ..schemas.shard import TOKENS
 
+CODED = "pyratok/pyramid"  # whose codes are embeddings of frames, bit by bit
 ALIKE = 5e-3  # scores of a video with a smaller standard deviation do not differ: its frames are all alike
 WINDOW_FRAMES = 25  # that a score is smoothed over (PyraTok, arXiv:2601.16210)
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "grey": (128,) * 3}
@@ -40,9 +42,7 @@ class FrameEncoder(Protocol):
         ...
 
     def embed_frames(self, frames_NHWC: np.ndarray) -> np.ndarray:
-        """float32 embeddings (N,D) of length 1 of uint8 RGB frames of one size; those of one clip in their order where
-        `spec.of` is "clip".
-        """
+        """float32 embeddings (N,D) of length 1 of uint8 RGB frames of one size."""
         ...
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
@@ -72,20 +72,75 @@ def standardized(raw_N: np.ndarray, videos_N: np.ndarray) -> np.ndarray:
     return np.divide(apart_N, deviations_N, out=np.zeros_like(apart_N), where=deviations_N > ALIKE)
 
 
-def calibration_of(entry: ProductInfo) -> Calibration:
-    """How scores by an encoder of frames become p: as the recipe says, or in the encoder's own way."""
-    chosen = (entry.section or {}).get("calibration") or (entry.encoder or {})["calibration"]
-    return Calibration(**chosen)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownEncoder:
+    """An encoder whose embeddings of frames a cache has: those of `frames/<name>`, or those that the bits of the codes
+    of `tokens/<name>` are (PyraTok).
+
+    `version` is the fingerprint of the product, `section` what the recipe says of it.
+    """
+
+    name: str
+    product: str
+    version: str
+    spec: Mapping[str, Any]
+    section: Mapping[str, Any]
+
+    @property
+    def calibration(self) -> Calibration:
+        """How its scores become p: as the recipe says, or in its own way."""
+        return Calibration(**(self.section.get("calibration") or self.spec["calibration"]))
+
+    @property
+    def has_embeddings(self) -> bool:
+        """Whether its embeddings are stored, and not in codes."""
+        return not self.product.startswith(TOKENS)
 
 
-def check_same_encoder(encoder: FrameEncoder, entry: ProductInfo, product: str) -> None:
-    """CacheError unless this encoder, with these weights, made the product."""
-    made, here = entry.encoder or {}, json.loads(json.dumps(asdict(encoder.spec)))
-    others = [f"{key} {made.get(key)} there, {value} here" for key, value in here.items() if made.get(key) != value]
+def encoders_of(info: CacheInfo) -> dict[str, KnownEncoder]:
+    """The encoders of a cache by name, those whose embeddings are stored first."""
+    found: dict[str, KnownEncoder] = {}
+    for product, entry in info.products.items():
+        name, section = product.partition("/")[2], entry.section or {}
+        if entry.encoder:
+            found[name] = KnownEncoder(
+                name=name, product=product, version=entry.fingerprint, spec=entry.encoder, section=section
+            )
+    for product, entry in info.products.items():
+        name, tokenizer = product.partition("/")[2], entry.tokenizer or {}
+        if tokenizer.get("name") == CODED and name not in found:
+            spec = ScorerSpec(
+                name="pyratok",
+                dim=(tokenizer["codebook_size"] - 1).bit_length(),
+                weights_sha256=tokenizer["weights_sha256"],
+            )
+            found[name] = KnownEncoder(
+                name=name,
+                product=product,
+                version=entry.fingerprint,
+                spec=plain_spec(spec),
+                section=entry.section or {},
+            )
+    return found
+
+
+def plain_spec(spec: ScorerSpec) -> dict[str, Any]:
+    """A spec as JSON has it."""
+    return json.loads(json.dumps(asdict(spec)))
+
+
+def check_same_encoder(encoder: FrameEncoder, known: KnownEncoder, cache: str) -> None:
+    """CacheError unless this encoder, with these weights, made the embeddings."""
+    here = plain_spec(encoder.spec)
+    others = [
+        f"{key} {known.spec.get(key)} there, {value} here"
+        for key, value in here.items()
+        if known.spec.get(key) != value
+    ]
     if others:
         raise CacheError(
-            f"{product} was made by another encoder than is here ({'; '.join(others)}): put its weights back, or run"
-            f" the recipe again"
+            f"{cache}: {known.product} was made by another encoder than is here ({'; '.join(others)}): put its weights"
+            f" back, or run the recipe again"
         )
 
 

@@ -1,9 +1,12 @@
 """The SQL views over frames, queries, and what is known of frames for them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import torch
 from duckdb.func import ARROW
@@ -23,11 +26,14 @@ from ..schemas.tables import (
 )
 from .appended import names_in, read_table
 from .frame_file import embedded_schema
-from .relevance import ALIKE, calibration_of
+from .relevance import ALIKE, KnownEncoder, encoders_of, unit
 from .sql_bytes import bytes_of, source_of
 from .storage import Folder
+from .store import TOKEN_ROWS_SCHEMA
+from .token_file import LEVEL
 
 RELEVANCE = "relevance"
+FIRST_LEVEL = f"{LEVEL}1"
 TABLES = {
     "queries": QUERY_SCHEMA,
     "query_embeddings": QUERY_EMBEDDING_SCHEMA,
@@ -51,6 +57,9 @@ def create_frame_views(
             )
         if entry.encoder:
             _create_embedded_view(connection, product.partition("/")[2], files[product], entry.shape[0])
+    for name, encoder in encoders_of(info).items():
+        if not encoder.has_embeddings:
+            _create_coded_view(connection, name, files[encoder.product], encoder.spec["dim"], _layout(info, encoder))
 
 
 def _create_embedded_view(connection: duckdb.DuckDBPyConnection, name: str, uris: Sequence[str], dim: int) -> None:
@@ -67,6 +76,43 @@ def _create_embedded_view(connection: duckdb.DuckDBPyConnection, name: str, uris
         select clip_id, video_id, frame, pts_s, frame_embedding_of_{name}(stored) as embedding
         from (select clip_id, video_id, unnest(frames) as frame, unnest(pts_s) as pts_s, unnest(embeddings) as stored
               from {source})""")
+
+
+def _layout(info: CacheInfo, encoder: KnownEncoder) -> tuple[tuple[int, ...], int]:
+    """The (t,h,w) grid of a product's first level, and how many frames share its second latent.
+
+    Frame 0 has a latent of its own, then as many share one as the stride is, a power of two that both lengths tell.
+    """
+    num_latents, *_ = grid = info.products[encoder.product].levels[0]
+    later = info.recipe["clips"]["num_frames"] - 1
+    stride = next(1 << n for n in range(32) if -(-later // (1 << n)) <= num_latents - 1 or later <= 0)
+    return tuple(grid), stride
+
+
+def _create_coded_view(
+    connection: duckdb.DuckDBPyConnection, name: str, uris: Sequence[str], dim: int, layout: tuple[tuple[int, ...], int]
+) -> None:
+    """The mean signs of the bits of the first level's codes, at length 1, as embeddings of a latent's frames."""
+    grid, stride = layout
+
+    def bits(stored: pa.Array) -> pa.Array:
+        codes_Nts = bytes_of(stored).view("<u2").reshape(-1, grid[0], math.prod(grid[1:]))
+        means = [((codes_Nts >> bit) & 1).mean(-1, dtype=np.float32) * 2 - 1 for bit in reversed(range(dim))]
+        vectors = unit(np.stack(means, -1).reshape(-1, dim))
+        arrays = pa.FixedSizeListArray.from_arrays(vectors.reshape(-1), dim)
+        return pa.ListArray.from_arrays(np.arange(len(codes_Nts) + 1, dtype=np.int32) * grid[0], arrays)
+
+    vectors = connection.list_type(connection.array_type(FLOAT, dim))
+    connection.create_function(f"bits_of_{name}", bits, [BLOB], vectors, type=ARROW)
+    stored = pa.schema([*TOKEN_ROWS_SCHEMA, pa.field(FIRST_LEVEL, pa.binary())])
+    source = source_of(connection, f"bits_of_{name}", uris, stored)
+    connection.execute(f"""
+        create temp view frames_{name} as
+        select clip_id, video_id, frame::integer as frame, frame_pts_s[frame + 1] as pts_s,
+               vectors[(frame + {stride - 1}) // {stride} + 1] as embedding
+        from (select c.clip_id, video_id, frame_pts_s, bits_of_{name}({FIRST_LEVEL}) as vectors,
+                     unnest(range(c.num_valid::bigint)) as frame
+              from {source} t join clips c using (clip_id))""")
 
 
 def create_relevance_views(connection: duckdb.DuckDBPyConnection, folder: Folder, info: CacheInfo) -> None:
@@ -99,19 +145,16 @@ def scorer_rows(folder: Folder, info: CacheInfo) -> pa.Table:
 
     Encoders are calibrated as their recipe says now; of other scorers the last version is the current one.
     """
+    encoders = encoders_of(info)
     rows = {(row["scorer"], row["version"]): row for row in read_table(folder, SCORERS, SCORER_SCHEMA).to_pylist()}
     newest = {scorer: version for scorer, version in rows}
-    for product, entry in info.products.items():
-        if entry.encoder:
-            name, calibration = product.partition("/")[2], calibration_of(entry)
-            newest[name] = entry.fingerprint
-            rows[name, entry.fingerprint] = {
-                "scorer": name,
-                "version": entry.fingerprint,
-                "rule": calibration.rule,
-                "scale": calibration.scale,
-                "bias": calibration.bias,
-                "spec": json.dumps(entry.encoder, sort_keys=True),
-            }
+    for name, encoder in encoders.items():
+        newest[name] = encoder.version
+        rows[name, encoder.version] = {
+            "scorer": name,
+            "version": encoder.version,
+            **asdict(encoder.calibration),
+            "spec": json.dumps(dict(encoder.spec), sort_keys=True),
+        }
     listed = [{**row, "is_current": newest[row["scorer"]] == row["version"]} for row in rows.values()]
     return pa.Table.from_pylist(listed, schema=pa.schema([*SCORER_SCHEMA, pa.field("is_current", pa.bool_())]))

@@ -1,8 +1,6 @@
 """Re-ranking: the best frames by an encoder, scored again by what looks at frame and text together."""
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -12,7 +10,7 @@ import pyarrow as pa
 from ..schemas.digest import digest_of
 from ..schemas.tables import SCORE_SCHEMA
 from .queries import add_queries
-from .relevance import FrameScorer
+from .relevance import FrameScorer, plain_spec
 from .score_table import add_scores, known_scores, register_scorer
 from .scoring import best_frames, encoder_name, text_vectors
 
@@ -65,4 +63,4 @@ def rerank(
 
 def version_of(scorer: FrameScorer) -> str:
     """The version of a scorer that makes no product."""
-    return digest_of(json.loads(json.dumps(asdict(scorer.spec))))
+    return digest_of(plain_spec(scorer.spec))

@@ -11,10 +11,9 @@ import pyarrow.parquet as pq
 
 from ..schemas.errors import CacheError
 from ..schemas.relevance import Calibration, ScorerSpec
-from ..schemas.shard import frames_product
 from ..schemas.tables import SCORE_SCHEMA, SCORER_SCHEMA
 from .appended import append, names_in, read_table
-from .relevance import calibration_of
+from .relevance import encoders_of
 from .relevance_views import SCORERS, SCORES
 from .storage import Folder
 from .views import CLIPS_WITH_VIDEOS
@@ -35,10 +34,10 @@ def store_scores(
     """Add the scores by the encoder `name` that `relevance` lacks, of all candidate frames of the clips where a
     condition holds; returns how many. What others have added meanwhile, or a killed process before, is not made again.
     """
-    entry = cache.info.products[frames_product(name)]
-    register_scorer(cache.folder, name, entry.fingerprint, entry.encoder or {}, calibration_of(entry))
+    encoder = encoders_of(cache.info)[name]
+    register_scorer(cache.folder, name, encoder.version, encoder.spec, encoder.calibration)
     num_frames = cache.sql(f"select coalesce(sum(1), 0)::bigint as n from frames_{name}")["n"][0].as_py()
-    table, num_added = _ScoreTable(cache.folder, name, entry.fingerprint), 0
+    table, num_added = _ScoreTable(cache.folder, name, encoder.version), 0
     for start in range(0, len(query_ids), QUERIES_AT_ONCE):
         ids = query_ids[start : start + QUERIES_AT_ONCE]
         vectors = vectors_ND[start : start + QUERIES_AT_ONCE].tolist()
@@ -47,7 +46,7 @@ def store_scores(
 
             def lacking(asked: pa.Table = asked, ids: Sequence[str] = ids, span: Span = span) -> pa.Table:
                 scores = _scores(cache, name, where, span)
-                return cache.answer(scores, [name, entry.fingerprint, *span], asked=asked, known=table.known(ids, span))
+                return cache.answer(scores, [name, encoder.version, *span], asked=asked, known=table.known(ids, span))
 
             num_added += append(cache.folder, table.folder_name, lacking)
     return num_added
@@ -79,7 +78,7 @@ def spans(count: int) -> Iterator[Span]:
 
 def _scores(cache: "TokenCache", name: str, where: str, span: Span) -> str:
     """A query for the rows of SCORE_SCHEMA that the table `known` lacks, for the queries in the table `asked`."""
-    dim = (cache.info.products[frames_product(name)].encoder or {})["dim"]
+    dim = encoders_of(cache.info)[name].spec["dim"]
     of = "" if where == "true" else f"and f.clip_id in (select clip_id from {CLIPS_WITH_VIDEOS} where {where})"
     return f"""
         select q.query_id, ?::varchar as scorer, ?::varchar as version, f.video_id, f.clip_id, f.frame,

@@ -8,10 +8,9 @@ import pyarrow as pa
 
 from ..schemas.errors import CacheError, did_you_mean
 from ..schemas.queries import query_id_of
-from ..schemas.shard import frames_product
 from ..schemas.tables import QUERY_EMBEDDING_SCHEMA
 from .appended import append, read_table
-from .relevance import calibrated, calibration_of, unit
+from .relevance import calibrated, encoders_of, unit
 from .relevance_views import RELEVANCE
 from .storage import Folder
 from .views import CLIPS_WITH_VIDEOS
@@ -26,8 +25,11 @@ def encoder_name(cache: "TokenCache", name: str | None, *, for_text: bool) -> st
     """The encoder of frames called `name`, or the only one that can; CacheError says which there are, and how to add
     one.
     """
-    known = {p.partition("/")[2]: entry.encoder or {} for p, entry in cache.info.products.items() if entry.encoder}
+    encoders = encoders_of(cache.info)
+    known = {one: encoder.spec for one, encoder in encoders.items()}
     able = [one for one, spec in known.items() if spec["takes_texts"] or not for_text]
+    if name is None:  # codes are asked where nothing else can answer, or by name
+        able = [one for one in able if encoders[one].has_embeddings] or able
     what = "texts" if for_text else "frames"
     if name is not None and name not in known:
         raise CacheError(
@@ -61,7 +63,7 @@ def text_vectors(cache: "TokenCache", name: str, texts: Sequence[str], *, store:
     """float32 embeddings (N,D) of texts by the encoder `name`; those that the cache has are not made again, and with
     `store` it has them afterwards.
     """
-    folder, version = cache.folder, cache.info.products[frames_product(name)].fingerprint
+    folder, version = cache.folder, encoders_of(cache.info)[name].version
     ids = [query_id_of(text) for text in texts]
     known = _known_vectors(folder, name, version)
     lacking = {i: text for i, text in zip(ids, texts, strict=True) if i not in known}
@@ -116,8 +118,7 @@ def probabilities(cache: "TokenCache", name: str, vector_D: np.ndarray, where: s
     whole = f"video_id in (select video_id from {CLIPS_WITH_VIDEOS} where {where})"
     rows = raw_scores(cache, name, vector_D, whole)
     videos_N = rows["video_id"].to_numpy(zero_copy_only=False)
-    calibration = calibration_of(cache.info.products[frames_product(name)])
-    p_N = calibrated(rows["raw"].to_numpy(), videos_N, calibration)
+    p_N = calibrated(rows["raw"].to_numpy(), videos_N, encoders_of(cache.info)[name].calibration)
     rows = rows.append_column("p", pa.array(p_N))
     if where == "true":
         return rows
@@ -130,7 +131,7 @@ def scores_for(cache: "TokenCache", query: str, scorer: str | None, where: str) 
     """clip_id, frame and p of the candidate frames of the clips where a condition holds, by an encoder, or by another
     scorer as `relevance` has them: frames that it has not scored have p = 0. CacheError where it has scored none.
     """
-    encoders = [p.partition("/")[2] for p, entry in cache.info.products.items() if entry.encoder]
+    encoders = encoders_of(cache.info)
     if scorer is None or scorer in encoders:
         name = encoder_name(cache, scorer, for_text=True)
         return probabilities(cache, name, text_vectors(cache, name, [query], store=False)[0], where)
@@ -170,7 +171,7 @@ def best_frames(
 
 def _scored(cache: "TokenCache", name: str, where: str) -> str:
     """A query with one parameter, the vector that frames are compared with."""
-    dim = (cache.info.products[frames_product(name)].encoder or {})["dim"]
+    dim = encoders_of(cache.info)[name].spec["dim"]
     of = "" if where == "true" else f" where clip_id in (select clip_id from {CLIPS_WITH_VIDEOS} where {where})"
     return f"""
         select video_id, clip_id, frame, pts_s, array_inner_product(embedding, ?::FLOAT[{dim}]) as raw

@@ -147,7 +147,7 @@ class CalibrationSection(Section):
 class EncoderSection(Section):
     """One product of embeddings of frames: which encoder, and with what weights and arithmetic."""
 
-    encoder: str = Field(min_length=1, description="look, transformers, open_clip, trajtok or pyratok")
+    encoder: str = Field(min_length=1, description="look, transformers, open_clip or trajtok")
     weights: str | None = Field(default=None, description="path or fsspec URL, where the encoder has any")
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
     dtype: NumberType = Field(default="float32", description="number type of the arithmetic")

@@ -32,17 +32,15 @@ STANDARDIZED = Calibration(rule="standardized", scale=2.0, bias=-1.0)  # until l
 class ScorerSpec:
     """Everything about a scorer that decides its scores, apart from frames and texts.
 
-    `dim` is the length of its embeddings, None for a scorer that looks at a frame and a text together. `of` says what
-    it must be given: frames one by one, or all frames of a clip in their order. `takes_texts` is False where only
-    frames can be compared with each other. `calibration` is its own; `revision` rises with every change of our code
-    that changes scores.
+    `dim` is the length of its embeddings, None for a scorer that looks at a frame and a text together. `takes_texts` is
+    False where only frames can be compared with each other. `calibration` is its own; `revision` rises with every
+    change of our code that changes scores.
     """
 
     name: str
     dim: int | None
     weights_sha256: str | None
     options: dict[str, Any] = field(default_factory=dict)
-    of: Literal["frame", "clip"] = "frame"
     takes_texts: bool = True
     calibration: Calibration = STANDARDIZED
     revision: int = 1

@@ -20,7 +20,7 @@ from .pyratok_vae import on_device
 
 
 class PyraTokScorer:
-    """A pyramid that was trained with texts, as a FrameEncoder; TokenizerError for one that was not."""
+    """A pyramid that was trained with texts, as a FrameEncoder of the frames of one clip; TokenizerError for others."""
 
     def __init__(self, weights: str, device: str = "cpu") -> None:
         file = PyramidFile.read(weights)
@@ -31,7 +31,7 @@ class PyraTokScorer:
             )
         self._model, self._device = on_device(file.build(), device), device
         self._dim = file.sizes.z_dim
-        self.spec = ScorerSpec(name="pyratok", dim=self._dim, weights_sha256=file.file.sha256, of="clip")
+        self.spec = ScorerSpec(name="pyratok", dim=self._dim, weights_sha256=file.file.sha256)
 
     @torch.inference_mode()
     def embed_frames(self, frames_THWC: np.ndarray) -> np.ndarray:

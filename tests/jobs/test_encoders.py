@@ -31,7 +31,6 @@ def test_encoders_without_weights_load(name: str, kind: type) -> None:
     [
         ("transformers", {"weights": "w", "options": {"a": 9}}, ("w", "cpu", "float32", {"a": 9})),
         ("open_clip", {"weights": "w", "dtype": "float16", "options": {"a": 9}}, ("w", "cpu", "float16", {"a": 9})),
-        ("pyratok", {"weights": "w"}, ("w", "cpu")),
         ("trajtok", {"weights": "w", "options": {"grid": 28}}, (Settings(weights="w", options={"grid": 28}),)),
     ],
 )  # fmt: skip
@@ -41,7 +40,6 @@ def test_encoders_get_their_settings(
     where = {
         "transformers": "image_text.ImageTextEncoder",
         "open_clip": "open_clip_encoder.OpenClipEncoder",
-        "pyratok": "pyratok_scorer.PyraTokScorer",
         "trajtok": "trajtok_frames.TrajTokFrames",
     }
     monkeypatch.setattr(f"tokenmill.tokenizers.{where[name]}", lambda *given: given)
@@ -60,16 +58,13 @@ def test_another_device_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "settings", "message"),
     [
         ("lok", {}, r"unknown encoder 'lok' \(did you mean 'look'\?\): accepted are look, transformers, open_clip,"),
-        ("clip", {}, r"unknown encoder 'clip'.*: accepted are look, transformers, open_clip, trajtok, pyratok$"),
+        ("clip", {}, r"unknown encoder 'clip'.*: accepted are look, transformers, open_clip, trajtok$"),
         ("look", {"weights": "w"}, "look has no weights, found 'w': remove weights"),
         ("look", {"device": "cuda"}, "look computes on the CPU without networks, found device 'cuda'"),
         ("look", {"dtype": "float16"}, "found device 'cpu' and dtype 'float16': remove them"),
         ("look", {"options": {"places": 4}}, "look has no options, found places: remove options"),
         ("fake", {"options": {"a": 4}}, "fake has no options, found a"),
         ("fake", {"weights": "w"}, "fake has no weights"),
-        ("pyratok", {"weights": "w", "options": {"a": 4}}, "pyratok has no options, found a"),
-        ("pyratok", {"weights": "w", "dtype": "bfloat16"}, "in float32 alone, found dtype 'bfloat16': set"),
-        ("pyratok", {}, "pyratok needs weights, found none: set weights to a pyramid that was trained with texts"),
         ("transformers", {}, "transformers needs weights, found none: .* for instance hf://google/siglip-base-patch16-224"),
         ("open_clip", {}, "open_clip needs weights, .* for instance hf://apple/MobileCLIP-S1-OpenCLIP"),
         ("trajtok", {}, "needs its weights: set weights to the path or URL of model.pth"),

@@ -408,7 +408,9 @@ def test_frames_of_another_encoder_than_is_here_are_refused(cache: LabelledCache
     spec = cache.info.products["frames/fake"].encoder
     assert isinstance(spec, dict)
     spec["weights_sha256"] = "other"
-    with pytest.raises(RecipeError, match=r"embedded by another fake .*weights_sha256 other there, None here.*put its"):
+    with pytest.raises(
+        RecipeError, match=r"made by another encoder than is here .weights_sha256 other there, None here.: put its"
+    ):
         train(tmp_path / "out")
 
 

@@ -102,8 +102,8 @@ def test_what_is_stored_of_a_frame() -> None:
 class Shapes:
     """Embeddings that are the sum of a frame's channels, and a note of every batch."""
 
-    def __init__(self, of: str = "frame") -> None:
-        self.spec = ScorerSpec(name="shapes", dim=3, weights_sha256=None, of=of)  # pyright: ignore[reportArgumentType]
+    def __init__(self) -> None:
+        self.spec = ScorerSpec(name="shapes", dim=3, weights_sha256=None)
         self.batches: list[int] = []
 
     def embed_frames(self, frames_NHWC: np.ndarray) -> np.ndarray:
@@ -123,13 +123,6 @@ def test_frames_of_several_clips_are_embedded_in_batches_of_one_size() -> None:
     for clip, one in zip(clips, found, strict=True):
         wanted = FakeEncoder().embed_frames(clip.frames_THWC[list(one.frames)])
         assert np.array_equal(one.embeddings_KD, wanted.astype("<f2"))
-
-
-def test_an_encoder_of_clips_sees_all_frames_of_one() -> None:
-    clips, encoder = [clip_of(noise(i)) for i in range(2)], Shapes("clip")
-    found = FrameEmbedder(encoder=encoder, batch_size=4).embed(clips, [[0, 3], [7]])
-    assert encoder.batches == [8, 8]
-    assert np.array_equal(found[1].embeddings_KD, FakeEncoder().embed_frames(clips[1].frames_THWC)[[7]].astype("<f2"))
 
 
 def test_embeddings_that_are_not_numbers_are_refused() -> None:
