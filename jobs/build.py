@@ -184,7 +184,9 @@ def cache_info(recipe: Recipe, worker: Worker) -> CacheInfo:
         entry = ProductInfo(fingerprint=version, section=sections if product == WEBDATASET else None)
         if embedder:
             spec = _plain(embedder.encoder.spec)
-            entry = replace(entry, section=values["frames"]["encoders"][name], encoder=spec, shape=(spec["dim"],))
+            frames = values["frames"]
+            section = {**frames["encoders"][name], "fps": frames["fps"]}
+            entry = replace(entry, section=section, encoder=spec, shape=(spec["dim"],))
         elif product == FRAMES:
             entry = replace(entry, section={"fps": values["frames"]["fps"]})
         elif maker:
@@ -219,8 +221,10 @@ def recipe_of(info: CacheInfo) -> Recipe:
     is_any = any(files.values())
     frames = None
     if FRAMES in info.products:
-        encoders = {p.partition("/")[2]: entry.section for p, entry in info.products.items() if entry.encoder}
-        frames = {**(info.products[FRAMES].section or {}), "encoders": encoders}
+        frames = dict(info.products[FRAMES].section or {})
+        made = {p.partition("/")[2]: dict(entry.section or {}) for p, entry in info.products.items() if entry.encoder}
+        # Embeddings of candidates at another rate are not those of one recipe with these.
+        frames["encoders"] = {name: of for name, of in made.items() if of.pop("fps") == frames["fps"]}
     format = "webdataset" if tars and not is_any else "both" if files == tars else "parquet"
     shards = {**info.recipe["shards"], "format": format}
     return parse_recipe({**info.recipe, **(files if is_any else tars or {}), "frames": frames, "shards": shards})

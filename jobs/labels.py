@@ -10,31 +10,40 @@ from typing import Literal
 import numpy as np
 from rich.markup import escape
 
-from ..pipeline.cache import TokenCache, open_cache
-from ..pipeline.judge import Judge, UnclearError
-from ..pipeline.label_making import Candidates, Fate, Verdicts, label_video
+from ..pipeline.cache import TokenCache
+from ..pipeline.judge import Candidates, Judge, Verdicts
+from ..pipeline.label_making import Fate, Labeller, Policy, RelevanceOf
 from ..pipeline.labels import Imported, export_frame_labels, export_policies, import_frame_labels, import_policies
+from ..pipeline.relevance import encoders_of
+from ..pipeline.scoring import check_where, probabilities, text_vectors
 from ..pipeline.storage import written_aside
-from ..schemas.errors import DecodeError, RecipeError
+from ..pipeline.views import CLIPS_WITH_VIDEOS
+from ..schemas.errors import CacheError, DecodeError, RecipeError, UnclearError
+from ..schemas.shard import FRAMES
 from .interruption import raise_if_interrupted, resumable
 from .lines import read_lines
 from .openai_judge import OpenAiJudge
+from .opening import open_cache
 from .printing import new_table, output_console
 from .reconstruct import source_of
 
 SHOWN_PROBLEMS = 20
 IMPORTED = ("queries", "rows added", "lines known", "problems")
 FATES: tuple[Fate, ...] = ("kept", "inconsistent", "not needed")
+POLICIES: tuple[Policy, ...] = ("global", "fragment")
 MOST_FRAMES = 64  # that a judge is shown at once, at even distances (as in the paper's experiments)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VideoLabels:
-    """What became of the questions about a video, by fate; `problem` says why there are none."""
+    """What became of the questions about a video, by fate, and how many need each policy; `problem` says why there are
+    none.
+    """
 
     uri: str
     num_candidates: int
     fates: Counter[str]
+    policies: Counter[str]
     problem: str = ""
 
 
@@ -47,17 +56,25 @@ def run_labels(
     kind: Literal["frames", "policies"] | None,
     judge: str | None,
     model: str | None,
+    policies: bool,
     where: str,
     limit: int | None,
 ) -> bool:
-    """Do what a command line asks for; False where a line of a file has a problem, RecipeError for what is lacking."""
+    """Do what a command line asks for; False where a line of a file, or a video, has a problem. RecipeError for what is
+    lacking, and for options of another action.
+    """
+    asked = {"--judge": judge, "--model": model, "--policies": policies, "--limit": limit}
+    others = [option for option, value in asked.items() if value] + (["--where"] if where != "true" else [])
     if action == "make":
-        if file or not judge or not model:
-            raise RecipeError(
-                "labels make: found no endpoint, or a file: give --judge URL and --model NAME, and no FILE"
+        lacking = [option for option in ("--judge", "--model") if not asked[option]]
+        if file or source or kind or lacking:
+            said = (
+                f"{' and '.join(lacking)} lacking" if lacking else "a file, --source or --kind, which it has no use for"
             )
-        make_labels(cache, judge, model, where, limit)
-        return True
+            raise RecipeError(f"labels make: found {said}: give --judge URL and --model NAME")
+        return make_labels(cache, OpenAiJudge(judge or "", model or ""), where, limit, policies=policies)
+    if others:
+        raise RecipeError(f"labels {action}: {', '.join(others)} found, which are of labels make: leave them out")
     if not file:
         raise RecipeError(f"labels {action}: no FILE of JSON lines was given: name one")
     if action == "export":
@@ -98,37 +115,80 @@ def export_labels(
     print(f"{output}: {counts['frames']} lines of labels of frames, {counts['policies']} policies")
 
 
-def make_labels(cache_uri: str, judge_url: str, model: str, where: str = "true", limit: int | None = None) -> None:
-    """Label candidate frames of videos that an SQL condition holds for, the first `limit` of them, by a judge behind an
-    OpenAI-compatible endpoint, and print what became of its questions. What is stored is never asked again.
+def make_labels(
+    cache_uri: str, judge: Judge, where: str = "true", limit: int | None = None, *, policies: bool = False
+) -> bool:
+    """Label candidate frames of videos by a judge, as `label_videos`, and print what became of its questions; False
+    where a video had a problem. What is stored is never asked again.
     """
-    judge, made = OpenAiJudge(judge_url, model), []
+    made: list[VideoLabels] = []
     with resumable():
         try:
-            for one in label_videos(open_cache(cache_uri), judge, where, limit):
+            for one in label_videos(open_cache(cache_uri), judge, where, limit, policies=policies):
                 made.append(one)
         finally:
-            _print_made(made)
+            if made:
+                _print_made(made, policies=policies)
+    return not any(one.problem for one in made)
 
 
-def label_videos(cache: TokenCache, judge: Judge, where: str, limit: int | None) -> Iterator[VideoLabels]:
-    """What a judge made of each video, as it is done. One that cannot be read, or where the judge cannot be
-    understood, is left for another time.
+def label_videos(
+    cache: TokenCache, judge: Judge, where: str, limit: int | None, *, policies: bool = False
+) -> Iterator[VideoLabels]:
+    """What a judge made of each video that clips are of where an SQL condition holds, the first `limit` of them, as it
+    is done; with `policies` also which policy each question needs that is kept.
+
+    A video that cannot be read, or where the judge cannot be understood, is left for another time. CacheError for a
+    cache without candidate frames, and for a condition that holds for no clip.
     """
-    verdicts = Verdicts(cache.folder, judge)
+    if FRAMES not in cache.info.products:
+        raise CacheError(
+            f"{cache.folder.url}: it has no candidate frames: add `frames: {{}}` to its recipe and run it again"
+        )
+    check_where(cache, where)
     chosen = cache.sql(
-        f"""select video_id, uri from videos where video_id in (select video_id from frames) and ({where})
+        f"""select distinct video_id, uri from {CLIPS_WITH_VIDEOS}
+            where video_id in (select video_id from frames) and ({where}\n)
             order by video_id limit {limit if limit is not None else "all"}"""
     )
+    labeller = Labeller(Verdicts(cache.folder, judge), relevance_of(cache), with_policies=policies)
     for row in chosen.to_pylist():
         raise_if_interrupted()
         candidates = candidates_of(cache, row["video_id"])
-        fates, problem = Counter(), ""
+        outcomes, problem = [], ""
         try:
-            fates.update(outcome.fate for outcome in label_video(verdicts, candidates))
+            outcomes = labeller.label_video(candidates)
         except (UnclearError, DecodeError) as error:
             problem = str(error)
-        yield VideoLabels(uri=row["uri"], num_candidates=len(candidates.places), fates=fates, problem=problem)
+        yield VideoLabels(
+            uri=row["uri"],
+            num_candidates=len(candidates.places),
+            fates=Counter(one.fate for one in outcomes),
+            policies=Counter(one.policy for one in outcomes if one.policy),
+            problem=problem,
+        )
+
+
+def relevance_of(cache: TokenCache) -> RelevanceOf | None:
+    """How candidate frames matter to questions by the first encoder of the cache that takes texts and whose embeddings
+    are stored; None where there is none. p is 0 of frames without an embedding.
+    """
+    encoders = encoders_of(cache.info)
+    able = [name for name, one in encoders.items() if one.spec["takes_texts"] and one.has_embeddings]
+    if not able:
+        return None
+
+    def of_questions(candidates: Candidates, questions: Sequence[str]) -> np.ndarray:
+        p_QN = np.zeros((len(questions), len(candidates.places)))
+        vectors_QD = text_vectors(cache, able[0], questions, store=False)
+        for p_N, vector_D in zip(p_QN, vectors_QD, strict=True):
+            rows = probabilities(cache, able[0], vector_D, f"video_id = '{candidates.video_id}'")
+            places = zip(rows["clip_id"].to_pylist(), rows["frame"].to_pylist(), strict=True)
+            known = dict(zip(places, rows["p"].to_pylist(), strict=True))
+            p_N[:] = [known.get(place, 0) for place in candidates.places]
+        return p_QN
+
+    return of_questions
 
 
 def candidates_of(cache: TokenCache, video_id: str, most: int = MOST_FRAMES) -> Candidates:
@@ -174,13 +234,12 @@ def _print_imported(brought: Mapping[str, Imported]) -> None:
         print(f"and {len(problems) - SHOWN_PROBLEMS} more")
 
 
-def _print_made(made: Sequence[VideoLabels]) -> None:
-    numbers = ("candidates", *FATES)
+def _print_made(made: Sequence[VideoLabels], *, policies: bool) -> None:
+    numbers = ("candidates", *FATES, *(POLICIES if policies else ()))
     table = new_table("video", *numbers, "problem", numbers=numbers)
     for one in made:
-        table.add_row(
-            escape(one.uri), str(one.num_candidates), *(str(one.fates[fate]) for fate in FATES), escape(one.problem)
-        )
+        counts = [one.num_candidates, *((one.fates | one.policies)[name] for name in numbers[1:])]
+        table.add_row(escape(one.uri), *map(str, counts), escape(one.problem))
     output_console().print(table)
     fates = sum((one.fates for one in made), Counter())
     print(f"{len(made)} videos: {fates['kept']} questions kept, {fates.total() - fates['kept']} rejected")

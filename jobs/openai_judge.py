@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..pipeline.judge import QuestionAnswer, UnclearError
+from ..pipeline.judge import QuestionAnswer
 from ..pipeline.retries import RetryPolicy
 from ..schemas.digest import digest_of
-from ..schemas.errors import RecipeError, TokenmillError
+from ..schemas.errors import RecipeError, TokenmillError, UnclearError
 
 log = logging.getLogger(__name__)
 

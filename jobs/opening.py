@@ -21,7 +21,8 @@ def load_encoder_of(known: KnownEncoder) -> FrameEncoder:
     if known.has_embeddings:
         from .encoders import load_encoder
 
-        return load_encoder(EncoderSection(**known.section), device)
+        section = {key: value for key, value in known.section.items() if key != "fps"}
+        return load_encoder(EncoderSection(**section), device)
     from ..tokenizers.pyratok_scorer import PyraTokScorer
 
     scorer = PyraTokScorer(known.section["weights"], device or known.section["device"])

@@ -1,6 +1,6 @@
 """The commands of queries: tokenmill score, select and labels."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -26,9 +26,13 @@ def score(
     router_model: RouterModel = None,
     rerank: RerankTop = 100,
     device: Device = "cpu",
+    keep: Annotated[bool, typer.Option(help="Keep the scores of all frames in the cache, for SQL.")] = True,
     snapshot: PinnedAs = None,
 ) -> None:
-    """Score the frames of a cache for queries, without its videos, and show the best; scores are kept in relevance."""
+    """Score the frames of a cache for queries, without its videos, and show the best; scores are kept in relevance.
+
+    Exit code 3: frames were left out, since a router could not be shown them.
+    """
     from .score import score_cache, search_alike
 
     if like and (query or queries or router):
@@ -37,16 +41,36 @@ def score(
         return search_alike(cache, like, scorer, where=where, top=top, by=by, snapshot=snapshot)
     if not query and not queries:
         raise typer.BadParameter("give --query TEXT, --queries FILE or --like CLIP[:FRAME]")
-    score_cache(
-        cache, query or [], queries, scorer, where=where, top=top, by=by, router=router, router_model=router_model,
-        rerank_top=rerank, device=device, snapshot=snapshot,
-    )  # fmt: skip
+    if not keep and (queries or router):
+        raise typer.BadParameter("scores of files of queries, and of routers, are kept", param_hint="--no-keep")
+    use = _router_use(router, router_model, rerank, device)
+    is_whole = score_cache(
+        cache, query or [], queries, scorer, where=where, top=top, by=by, router=use, keep=keep, snapshot=snapshot
+    )
+    raise typer.Exit(0 if is_whole else 3)
+
+
+def _router_use(file: str | None, model: str | None, top: int, device: str) -> Any:
+    if file is None:
+        if model:
+            raise typer.BadParameter("it is the model of a router: give --router too", param_hint="--router-model")
+        return None
+    from .rerankers import RouterUse
+
+    return RouterUse(file=file, model=model, top=top, device=device)
 
 
 def select(
     cache: CachePath,
     query: Annotated[str, typer.Option(help="What the tokens are to show, in words.")],
-    budget: Annotated[int, typer.Option(metavar="TOKENS", help="How many tokens there may be.", min=1)],
+    budget: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="How many tokens there may be; or give --context.", min=1)
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="TOKENS", help="What a model takes in all: words, answer and 100 to spare.")
+    ] = None,
+    text_tokens: Annotated[int, typer.Option(help="Of --context: taken by words.", min=0)] = 0,
+    generated_tokens: Annotated[int, typer.Option(help="Of --context: left for the answer.", min=0)] = 0,
     product: Annotated[str | None, typer.Option(help="Which tokens; the cache's only ones by default.")] = None,
     scorer: Annotated[
         str | None, typer.Option(metavar="NAME", help="Encoder, or router; by default the only one.")
@@ -74,12 +98,16 @@ def select(
     snapshot: PinnedAs = None,
 ) -> None:
     """Read the tokens that a budget allows for a query, and no other bytes; print the plan."""
+    if (budget is None) == (context is None):
+        raise typer.BadParameter("give one of --budget and --context")
+    from ..pipeline.allocation import image_budget
     from .selecting import print_selection, read_tiers
 
+    allowed = budget if context is None else image_budget(context, text_tokens, generated_tokens)
     settings = {"policy": policy, "tiers": read_tiers(tiers), "floor": floor, "fill": fill, "verify": check}
     print_selection(
-        cache, query, budget, product, scorer=scorer, where=where, settings=settings, router=router,
-        router_model=router_model, rerank_top=rerank, device=device, output=output, png=png, max_rows=max_rows,
+        cache, query, allowed or 0, product, scorer=scorer, where=where, settings=settings,
+        router=_router_use(router, router_model, rerank, device), output=output, png=png, max_rows=max_rows,
         snapshot=snapshot,
     )  # fmt: skip
 
@@ -97,7 +125,12 @@ def labels(
     ] = None,
     judge: Annotated[str | None, typer.Option(metavar="URL", help="make: an OpenAI-compatible endpoint.")] = None,
     model: Annotated[str | None, typer.Option(help="make: the model that the endpoint shall run.")] = None,
-    where: Annotated[str, typer.Option(metavar="SQL", help="make: which videos, a condition on clips.")] = "true",
+    policies: Annotated[
+        bool, typer.Option("--policies", help="make: also which policy each question needs, by two more answers.")
+    ] = False,
+    where: Annotated[
+        str, typer.Option(metavar="SQL", help="make: which videos, by a condition on clips and videos.")
+    ] = "true",
     limit: Annotated[int | None, typer.Option(help="make: how many videos at most.", min=1)] = None,
 ) -> None:
     """Bring labels of frames and policies into a cache, write them out, or make them with a judge that sees frames.
@@ -107,6 +140,7 @@ def labels(
     from .labels import run_labels
 
     is_good = run_labels(
-        action, cache, file, source=source, kind=kind, judge=judge, model=model, where=where, limit=limit
-    )
+        action, cache, file, source=source, kind=kind, judge=judge, model=model, policies=policies, where=where,
+        limit=limit,
+    )  # fmt: skip
     raise typer.Exit(0 if is_good else 3)

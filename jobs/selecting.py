@@ -6,21 +6,24 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from safetensors.torch import save
 
 from ..pipeline.cache import TokenCache
 from ..pipeline.render import write_png
-from ..pipeline.rerank import rerank
 from ..pipeline.scoring import scores_for
 from ..pipeline.selection import Selection, SelectionSettings, select_tokens
 from ..pipeline.storage import written_aside
 from ..pipeline.timeline import draw_timeline
 from ..schemas.errors import RecipeError, TokenmillError
+from ..tokenizers.router import RouterFile
 from .opening import open_cache
 from .printing import new_table, output_console
 from .reconstruct import choose_product, source_of
-from .score import ROUTER
+from .rerankers import RouterUse, decide_policy, policy_of, score_by_router
+from .score import print_left_out
 
 MOST_THUMBNAILS = 12
+MOST_DRAWN = 12  # videos
 
 
 def print_selection(
@@ -32,10 +35,7 @@ def print_selection(
     scorer: str | None,
     where: str,
     settings: Mapping[str, Any],
-    router: str | None = None,
-    router_model: str | None = None,
-    rerank_top: int = 100,
-    device: str = "cpu",
+    router: RouterUse | None = None,
     output: str | None = None,
     png: str | None = None,
     max_rows: int = 40,
@@ -43,11 +43,12 @@ def print_selection(
 ) -> None:
     """Print the plan of the tokens that `budget` allows; write the tokens to `output`, and their timeline to `png`.
 
-    With `router`, its heads say which policy, and which frames matter of the best `rerank_top` by the encoder `scorer`.
+    With `router`, its heads say which policy, and which frames matter of the best by the encoder `scorer`.
     """
+    _check_outputs(output, png)
     opened, chosen = open_cache(cache, snapshot), dict(settings)
     if router:
-        scorer, chosen = _routed(opened, query, scorer, where, router, router_model, rerank_top, device, chosen)
+        scorer, chosen = _routed(opened, query, (scorer, where), router, chosen)
     name = opened.product(product) if product else choose_product(opened, None)
     scored = scores_for(opened, query, scorer, where)
     selection = select_tokens(opened, name, scored, budget, SelectionSettings(**chosen))
@@ -55,7 +56,7 @@ def print_selection(
     if output:
         _write_tokens(selection, output)
     if png:
-        _draw(opened, selection, scored, f"{query}: {selection.policy}", budget, png)
+        _draw(opened, selection, scored, f"{' '.join(query.split())}: {selection.policy}", budget, png)
 
 
 def read_tiers(text: str | None) -> tuple[int, ...] | None:
@@ -63,7 +64,7 @@ def read_tiers(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isascii() and part.isdigit() for part in parts):
         raise RecipeError(
             f"--tiers: found {text!r}; accepted: numbers of tokens with commas between them, such as 64,256"
         )
@@ -71,27 +72,20 @@ def read_tiers(text: str | None) -> tuple[int, ...] | None:
 
 
 def _routed(
-    cache: TokenCache,
-    query: str,
-    scorer: str | None,
-    where: str,
-    router: str,
-    model: str | None,
-    top: int,
-    device: str,
-    settings: dict[str, Any],
+    cache: TokenCache, query: str, asked: tuple[str | None, str], router: RouterUse, settings: dict[str, Any]
 ) -> tuple[str | None, dict[str, Any]]:
-    """The scorer and settings that the heads of a router leave: each does what it was trained for."""
-    from ..tokenizers.router import RouterFile
-    from .rerankers import decide_policy, load_reranker
-
-    about = RouterFile.read(router).about
-    if about.policy_dim and settings["policy"] == "auto":
-        settings = {**settings, "p_fragment": decide_policy(cache, router, model, device, query)}
+    """The scorer and settings that the heads of a router leave of those `asked` for (the encoder, and where): each head
+    does what it was trained for.
+    """
+    scorer, where = asked
+    about = RouterFile.read(router.file).about
+    if settings["policy"] == "auto" and about.policy_dim:
+        settings = {**settings, "p_fragment": decide_policy(cache, router, query)}
+    elif settings["policy"] == "auto":
+        settings = {**settings, "policy": policy_of(cache, query, scorer, where)}
     if about.relevance_dim:
-        reranker, frames_of = load_reranker(cache, router, model, device)
-        rerank(cache, [query], reranker, frames_of, name=ROUTER, top=top, first=scorer, where=where)
-        scorer = ROUTER
+        scorer, reranked = score_by_router(cache, [query], router, first=scorer, where=where)
+        print_left_out(reranked)
     return scorer, settings
 
 
@@ -122,16 +116,19 @@ def _print_plan(selection: Selection, budget: int, max_rows: int) -> None:
         console.print(f"{selection.num_left_out} clips have no tokens of this product")
 
 
+def _check_outputs(output: str | None, png: str | None) -> None:
+    """RecipeError for names of files that say another format, before anything is read."""
+    for option, path, suffix in (("--output", output, ".safetensors"), ("--png", png, ".png")):
+        if path and not path.endswith(suffix):
+            raise RecipeError(f"{option} {path}: it is written as {suffix}: give such a name")
+
+
 def _write_tokens(selection: Selection, output: str) -> None:
     """Tokens as tensors ``0``, ``1``, ... in the plan's order, and the plan, in one .safetensors file."""
-    from safetensors.torch import save_file
-
-    if not output.endswith(".safetensors"):
-        raise TokenmillError(f"--output {output}: tokens are written as .safetensors: give such a name")
     tensors = {str(i): tokens.contiguous() for i, tokens in enumerate(selection.tokens)}
-    plan = json.dumps(selection.plan.to_pylist())
-    with written_aside(output) as aside:
-        save_file(tensors, aside, metadata={"plan": plan})
+    data = save(tensors, metadata={"plan": json.dumps(selection.plan.to_pylist())})
+    with written_aside(output) as aside, open(aside, "wb") as stream:
+        stream.write(data)
     print(f"{output}: {len(tensors)} tensors in the order of the plan, which is in its metadata")
 
 
@@ -141,18 +138,31 @@ def _draw(cache: TokenCache, selection: Selection, scored: pa.Table, title: str,
         [],
         scored=scored,
     )
-    thumbnails = _thumbnails(cache, selection, clips)
-    picture = draw_timeline(selection.plan, scored, clips, thumbnails, title, budget=budget)
+    plan, clips = _of_most_tokens(selection.plan, clips)
+    thumbnails = _thumbnails(cache, plan, clips)
+    picture = draw_timeline(plan, scored, clips, thumbnails, title, budget=budget)
     with written_aside(png) as aside:
         write_png(aside, picture)
     print(f"{png}: relevance, tokens of each step, and frames")
 
 
-def _thumbnails(cache: TokenCache, selection: Selection, clips: pa.Table) -> dict[float, np.ndarray]:
+def _of_most_tokens(plan: pa.Table, clips: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """What is drawn of a plan and its clips: the videos with the most tokens."""
+    tokens: dict[str, int] = dict.fromkeys(clips["video_id"].to_pylist(), 0)
+    for row in plan.select(["video_id", "num_tokens"]).to_pylist():
+        tokens[row["video_id"]] += row["num_tokens"]
+    drawn = sorted(tokens, key=lambda video: -tokens[video])[:MOST_DRAWN]
+    if len(drawn) < len(tokens):
+        print(f"{len(drawn)} of {len(tokens)} videos are drawn, those with the most tokens")
+    kept = [pa.array([video in drawn for video in table["video_id"].to_pylist()]) for table in (plan, clips)]
+    return plan.filter(kept[0]), clips.filter(kept[1])
+
+
+def _thumbnails(cache: TokenCache, plan: pa.Table, clips: pa.Table) -> dict[float, np.ndarray]:
     """Frames of the steps that matter most, by time; none where sources are gone, or of several videos."""
     if len(set(clips["video_id"].to_pylist())) != 1:
         return {}
-    best = sorted(selection.plan.to_pylist(), key=lambda row: (-row["p"], row["start_s"]))[:MOST_THUMBNAILS]
+    best = sorted(plan.to_pylist(), key=lambda row: (-row["p"], row["start_s"]))[:MOST_THUMBNAILS]
     pictures = {}
     for clip_id in dict.fromkeys(row["clip_id"] for row in best):
         try:

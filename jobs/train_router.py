@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.stats import rankdata
 
-from ..pipeline.cache import open_cache
 from ..pipeline.storage import Folder
 from ..schemas.digest import digest_of
 from ..schemas.errors import CacheError, RecipeError, TokenizerError
@@ -25,7 +24,9 @@ from ..tokenizers.router import (
 )
 from .display import Display
 from .interruption import draining, raise_if_interrupted
-from .router_features import IMPORT, Examples, Part, RouterExamples, router_examples
+from .opening import open_cache
+from .router_feature_makers import Part
+from .router_features import IMPORT, Examples, RouterExamples, router_examples
 from .training_output import (
     CHECKPOINT,
     add_metrics,
@@ -56,6 +57,7 @@ def train_router(recipe: RouterTrainingRecipe, display: Display) -> None:
         kept = read_checkpoint(folder)
         cache = open_cache(recipe.cache, recipe.snapshot)
         examples = router_examples(recipe, cache, folder, display, is_begun=kept is not None)
+        del cache  # with its encoder
         stages = [_stage(part, one, recipe.training) for part, one in examples.parts.items()]
         if kept:
             _resume(stages, kept, examples, folder)
@@ -126,7 +128,7 @@ class Stage:
         epochs = self.section.relevance_epochs if self.is_relevance else self.section.policy_epochs
         return epochs * self.steps_per_epoch
 
-    @property
+    @cached_property
     def pos_weight(self) -> float:
         """How many times more frames do not matter than do, among those that are learned from."""
         positives = int(self.examples.targets_N[self.learned].sum())
@@ -142,7 +144,7 @@ class Stage:
         """Do one step; its loss. TokenizerError where it diverges."""
         numbers = self.batch()
         targets_N = torch.from_numpy(self.examples.targets_N[numbers])
-        logits = self.head(self._features(numbers))
+        logits = self.head(self.examples.features(numbers))
         loss = (
             relevance_loss(logits, targets_N, self.pos_weight) if self.is_relevance else policy_loss(logits, targets_N)
         )
@@ -160,9 +162,9 @@ class Stage:
     @torch.no_grad()
     def figures(self) -> dict[str, float | None]:
         """How right the head is on what was held out, beside what the paper has on its own sets; None without any."""
-        targets_N = self.examples.targets_N[self.measured] > 0
+        targets_N = self.examples.targets_N[self.measured]
         firsts = range(0, len(self.measured), MEASURED)
-        parts = [self.head(self._features(self.measured[first : first + MEASURED])) for first in firsts]
+        parts = [self.head(self.examples.features(self.measured[first : first + MEASURED])) for first in firsts]
         scores_N = np.zeros(0)
         if parts:
             logits = torch.cat(parts)
@@ -180,9 +182,6 @@ class Stage:
         self.head.load_state_dict(kept["head"])
         self.optimizer.load_state_dict(kept["optimizer"])
         self.step = kept["step"]
-
-    def _features(self, numbers: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(self.examples.features_NF[numbers])
 
 
 @lru_cache(maxsize=1)
@@ -204,14 +203,14 @@ def _stage(part: Part, examples: Examples, section: RouterLearningSection) -> St
     """The training of a head at step 0; RecipeError where its examples are all alike."""
     torch.manual_seed(section.seed)
     kind = RelevanceHead if part == "relevance" else PolicyHead
-    head = kind(examples.features_NF.shape[1], section.hidden)
+    head = kind(examples.dim, section.hidden)
     stage = Stage(part=part, head=head, examples=examples, section=section)
-    found = set(examples.targets_N[stage.learned].tolist())
+    found = np.unique(examples.targets_N[stage.learned])
     if len(found) < 2:
         key, names = ("labels", (0, 1)) if stage.is_relevance else ("policies", ("global", "fragment"))
         raise RecipeError(
-            f"{key}: all {len(stage.learned)} that are learned from are {names[found.pop()]}; accepted: both {names[0]}"
-            f" and {names[1]}: add some: {IMPORT}, or give a smaller training.held_out"
+            f"{key}: all {len(stage.learned)} that are learned from are {names[int(found[0])]}; accepted: both"
+            f" {names[0]} and {names[1]}: add some: {IMPORT}, or give a smaller training.held_out"
         )
     return stage
 
@@ -281,7 +280,7 @@ def _save(
     extra: Mapping[str, Any],
 ) -> None:
     heads: dict[Part, Any] = {stage.part: stage.head for stage in stages}
-    dims = {part: one.features_NF.shape[1] for part, one in examples.parts.items()}
+    dims = {part: one.dim for part, one in examples.parts.items()}
     about = RouterAbout(
         features="early" if recipe.early_layers else "pair",
         of=examples.of,

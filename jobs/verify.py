@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from ..pipeline.account import accounts_of
 from ..pipeline.cache import TokenCache, open_cache
 from ..pipeline.manifests import read_all
+from ..pipeline.relevance_views import RELEVANCE
 from ..pipeline.snapshots import CacheState, live_state, pinned_manifests, read_snapshot, snapshot_numbers
 from ..pipeline.storage import Folder
 from ..schemas.cache_info import CacheInfo
@@ -56,6 +57,7 @@ def verify_cache(
     problems += damaged_files(opened.folder, files) if deep else missing_files(opened.folder, files)
     how = "read against their SHA-256 and row counts" if deep else "looked up by name and size"
     print(f"files: {len(files)} {how}, {len(problems)} problems")
+    problems += relevance_problems(opened.folder, deep=deep)
     problems += account_problems(state)
     if deep and not problems:
         problems += doubled_clips(opened)
@@ -135,6 +137,20 @@ def _check_file(folder: Folder, file: FileEntry) -> str | None:
     return None if num_rows == file.num_rows else f"{num_rows} rows, committed {file.num_rows}"
 
 
+def relevance_problems(folder: Folder, *, deep: bool) -> Iterator[str]:
+    """One line for every file of queries, scores and labels that cannot be read: their footers, or `deep` all pages
+    against their checksums.
+    """
+    for name in folder.list(RELEVANCE):
+        if name.endswith(".parquet"):
+            try:
+                with folder.open(name) as stream:
+                    pq.read_table(stream, page_checksum_verification=True) if deep else pq.read_metadata(stream)
+            except (StorageError, pa.ArrowException, OSError) as error:
+                said = " ".join(str(error).split())
+                yield f"{name}: damaged ({said}): restore it, or delete it: scores can be made again, labels imported"
+
+
 def account_problems(state: CacheState) -> Iterator[str]:
     """One line for every product whose account does not close: planned = committed + failed + quarantined."""
     for account in accounts_of(state.plans, state.manifests, state.info.fingerprints):
@@ -157,7 +173,7 @@ def _asked(info: CacheInfo) -> set[str]:
         kind, _, name = product.partition("/")
         if is_of_frames(product):
             frames = recipe.get(FRAMES) or {"encoders": {}}
-            wanted = frames["encoders"].get(name) if name else {"fps": frames.get("fps")}
+            wanted = {"fps": frames.get("fps"), **(frames["encoders"].get(name, {}) if name else {})}
             asked |= {product} if entry.section == wanted else set()
             continue
         sections = recipe.get(TOKENS[:-1] if kind == EMBEDDINGS[:-1] else kind, {})

@@ -1,11 +1,9 @@
 """Reading a cache: SQL over everything, tokens by clip."""
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import torch
@@ -17,18 +15,17 @@ from ..schemas.shard import EMBEDDINGS, MASKS, TOKENS, WEBDATASET, frames_produc
 from ..schemas.tokens import TokenGrid, TrajectoryTokens
 from .cache_head import read_info
 from .frames import EmbeddedFrames
-from .index import connect, ensure_index, file_uris
 from .mask_file import MaskFile
 from .open_files import OpenFiles
 from .queries import add_queries
 from .relevance import FrameEncoder, KnownEncoder, check_same_encoder, encoders_of
-from .relevance_views import create_relevance_views
-from .scoring import best_frames, encoder_name, example_vector, scores_for, text_vectors
+from .scoring import best_frames, check_where, encoder_name, example_vector, scores_for, text_vectors
+from .session import Session
 from .snapshots import read_snapshot, take_snapshot
 from .storage import Folder
 from .token_file import TokenFile, TokenLayout, from_planes
 from .trajectory_file import TrajectoryFile
-from .views import CLIPS_WITH_VIDEOS, create_views
+from .views import CLIPS_WITH_VIDEOS
 
 if TYPE_CHECKING:
     from .selection import Selection
@@ -55,8 +52,7 @@ class TokenCache:
         self.pinned = None if snapshot is None else read_snapshot(folder, snapshot)
         if self.pinned:
             self.info = self.pinned.info
-        self._lock = threading.Lock()
-        self._connection: duckdb.DuckDBPyConnection | None = None
+        self._session = Session(folder, self.info, self.pinned)
         self._token_files = OpenFiles(TokenFile, folder)
         self._trajectory_files = OpenFiles(TrajectoryFile, folder)
         self._mask_files = OpenFiles(MaskFile, folder)
@@ -78,19 +74,11 @@ class TokenCache:
         and trajectories have neither, nor levels_<product>. Of candidate frames: frames, frames_<encoder> with their
         embeddings, queries, query_embeddings, scorers, relevance, relevance_history, labels, policies and verdicts.
         """
-        connection = self._connected()
-        try:
-            statements = connection.extract_statements(query)
-            if [statement.type for statement in statements] != [duckdb.StatementType.SELECT]:
-                found = ", ".join(statement.type.name for statement in statements) or "nothing"
-                raise CacheError(f"one read-only query is accepted (select, from, describe), found: {found}")
-            return self.answer(query, parameters)
-        except duckdb.Error as error:
-            raise CacheError(f"the query failed: {' '.join(str(error).partition(chr(10) * 2)[0].split())}") from None
+        return self._session.sql(query, parameters)
 
     def clips(self, where: str = "true") -> pa.Table:
         """Clips with uri, caption and metadata of their videos, where an SQL condition holds, by clip_id."""
-        return self.sql(f"from {CLIPS_WITH_VIDEOS} where {where} order by clip_id")
+        return self.sql(f"from {CLIPS_WITH_VIDEOS} where ({where}\n) order by clip_id")
 
     @property
     def token_products(self) -> list[str]:
@@ -285,8 +273,9 @@ class TokenCache:
 
         texts = [queries] if isinstance(queries, str) else list(queries)
         name = encoder_name(self, scorer, for_text=True)
+        check_where(self, where)
         ids = add_queries(self.folder, texts)
-        store_scores(self, name, ids, text_vectors(self, name, texts), where)
+        store_scores(self, name, dict(zip(ids, text_vectors(self, name, texts), strict=True)), where)
         self.refresh()
         return ids
 
@@ -304,6 +293,8 @@ class TokenCache:
 
         video_id, uri, clip_id, frame, pts_s and raw, the best first; nothing is stored.
         """
+        if k < 1 or by not in ("frame", "clip"):
+            raise CacheError(f"accepted: k from 1 on, by frame or clip; found {k=} {by=}")
         if (text is None) == (like is None):
             raise CacheError("what to search for: give a text, or like=CLIP_ID or CLIP_ID:FRAME")
         name = encoder_name(self, scorer, for_text=text is not None)
@@ -339,8 +330,7 @@ class TokenCache:
 
     def refresh(self) -> None:
         """See the scores, labels and policies that were added since the cache was opened."""
-        with self._lock:
-            create_relevance_views(self._connected(), self.folder, self.info)
+        self._session.refresh()
 
     def _locate(self, product: str, clip_ids: Sequence[str]) -> pa.Table:
         """File and row of every clip asked, in the order asked."""
@@ -360,35 +350,6 @@ class TokenCache:
             )
         return places
 
-    def answer(self, query: str, parameters: Sequence[Any], **tables: pa.Table) -> pa.Table:
-        """The answer of one query, which may also use the Arrow `tables` given; one at a time, from any thread."""
-        connection = self._connected()
-        with self._lock:
-            for name, table in tables.items():
-                connection.register(name, table)
-            try:
-                return connection.sql(query, params=list(parameters)).to_arrow_table()
-            finally:
-                for name in tables:
-                    connection.unregister(name)
-
-    def _connected(self) -> duckdb.DuckDBPyConnection:
-        if self._connection is None:
-            index = ensure_index(self.folder, self.pinned)
-            connection = connect(self.folder)
-            try:
-                connection.execute(f"attach '{_quoted(index)}' as idx (read_only); use idx")
-                files = {product: file_uris(connection, self.folder, product) for product in self.info.products}
-                create_views(connection, files, self.info)
-                create_relevance_views(connection, self.folder, self.info)
-            except duckdb.Error as error:
-                reason = " ".join(str(error).partition("\n")[0].split())
-                raise CacheError(
-                    f"{self.folder.url}: a data file cannot be read ({reason}): tokenmill verify names what is damaged"
-                ) from None
-            self._connection = connection
-        return self._connection
-
-
-def _quoted(text: str) -> str:
-    return text.replace("'", "''")
+    def answer(self, query: str, parameters: Sequence[Any] = (), **tables: pa.Table) -> pa.Table:
+        """As `sql`, of a query that may also use the Arrow `tables` given."""
+        return self._session.answer(query, parameters, **tables)

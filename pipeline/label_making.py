@@ -2,57 +2,34 @@
 
 A judge describes a video and asks about it; a question is kept where the answer from all frames is right
 (``consistent``), and as few frames as still give it are needed (``sufficient``), unless the others give it without them
-(``necessary``). All that the judge says is stored at once, with the frames that it was shown and whether the answer was
-right, and looked up before it is asked: a run that was killed goes on where it was.
+(``necessary``). Which policy a kept question needs is tried out: the judge answers from frames as each of the two would
+show them (``global``, ``fragment``).
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from ..schemas.queries import query_id_of
-from ..schemas.tables import LABEL_SCHEMA, POLICY_SCHEMA, VERDICT_SCHEMA
-from .appended import append, names_in, read_rows
-from .judge import Judge, QuestionAnswer
-from .labels import add_lacking, known_labels
+from ..schemas.tables import LABEL_SCHEMA
+from .judge import Candidates, QuestionAnswer, Verdicts, row_of
+from .labels import add_lacking, add_lacking_policies, known_labels, known_policies
 from .queries import add_lacking_queries, known_queries
-from .storage import Folder
 
-VERDICTS = "relevance/verdicts"
-DESCRIBE, ASK, CONSISTENT, SUFFICIENT, NECESSARY = "describe", "ask", "consistent", "sufficient", "necessary"
+CONSISTENT, SUFFICIENT, NECESSARY = "consistent", "sufficient", "necessary"
+GLOBAL, FRAGMENT = "global", "fragment"
+GLOBAL_AREA, OTHERS_AREA = 1 / 2, 1 / 4  # of frames under global, and of those that do not matter under fragment
+RELEVANT = 0.5  # the least p of a frame that matters
 
-Place = tuple[str, int]  # clip_id, and frame of the clip
-Key = tuple[str, str, str, tuple[Place, ...], str]
 Fate = Literal["kept", "inconsistent", "not needed"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """The candidate frames of a video in the order of time: (clip_id, frame) of each, and how they are read.
-
-    `read` gives them as uint8 RGB (N,H,W,3); it is called once, when a judge must see frames for the first time.
-    """
-
-    video_id: str
-    places: tuple[Place, ...]
-    read: Callable[[], np.ndarray]
-
-    def __post_init__(self) -> None:
-        if not self.places or len(set(self.places)) != len(self.places):
-            raise ValueError(f"video {self.video_id}: different candidate frames are wanted, found {self.places}")
-
-    @cached_property
-    def frames_NHWC(self) -> np.ndarray:
-        """The frames themselves."""
-        frames_NHWC = self.read()
-        if frames_NHWC.dtype != np.uint8 or frames_NHWC.ndim != 4 or len(frames_NHWC) != len(self.places):
-            raise ValueError(f"{len(self.places)} frames (N,H,W,3) uint8 are wanted: {frames_NHWC.shape}")
-        return frames_NHWC
+Policy = Literal["global", "fragment"]
+RelevanceOf = Callable[[Candidates, Sequence[str]], np.ndarray]  # p (Q,N) of candidate frames for questions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,121 +37,101 @@ class Outcome:
     """What became of a question: which of the candidates the answer needs, or why it has no labels.
 
     It is ``inconsistent`` where all frames do not give the answer, and its frames are ``not needed`` where the others
-    give it too.
+    give it too. One that is kept may have a policy.
     """
 
     query_id: str
     question: str
     fate: Fate
     needed: tuple[int, ...] = ()
+    policy: Policy | None = None
 
 
-class Verdicts:
-    """A judge, and all that it has said for the cache in `folder`."""
+class Labeller:
+    """Labels videos by a judge, whose labels and policies are stored as ``judge:<name>``.
 
-    def __init__(self, folder: Folder, judge: Judge) -> None:
-        self.folder, self.judge = folder, judge
-        self.queries, self.labels = known_queries(folder), known_labels(folder)
-        self._known: dict[Key, dict[str, Any]] = {}
-        self._files_read: set[str] = set()
+    What `relevance_of` says of the frames decides which are left out first, and which matter under ``fragment``;
+    without it frames are left out from the last one on, and those matter that the answer needs. Policies are made where
+    `with_policies`.
+    """
 
-    def description(self, candidates: Candidates) -> str:
-        """What the judge sees in all frames of a video."""
-        row = _row("", candidates.video_id, DESCRIBE, candidates.places)
-        return self._stored(row, lambda: (self.judge.describe(candidates.frames_NHWC), None))["said"]
-
-    def questions(self, candidates: Candidates) -> list[QuestionAnswer]:
-        """What the judge asks about a video by its own description, each question once."""
-        description = self.description(candidates)
-
-        def ask() -> tuple[str, None]:
-            asked = {query_id_of(one.question): one for one in self.judge.ask(description)}
-            return json.dumps([{"question": one.question, "answer": one.answer} for one in asked.values()]), None
-
-        row = _row("", candidates.video_id, ASK, candidates.places)
-        return [QuestionAnswer(**one) for one in json.loads(self._stored(row, ask)["said"])]
-
-    def is_right(self, question: QuestionAnswer, candidates: Candidates, step: str, shown: Sequence[int]) -> bool:
-        """Whether the judge gives the wanted answer to a question where it sees only the frames `shown`."""
-        shown = sorted(shown)
-        places = [candidates.places[i] for i in shown]
-        return self.agrees(
-            question,
-            _row(query_id_of(question.question), candidates.video_id, step, places),
-            lambda: self.judge.answer(candidates.frames_NHWC[shown], question.question),
+    def __init__(
+        self, verdicts: Verdicts, relevance_of: RelevanceOf | None = None, *, with_policies: bool = False
+    ) -> None:
+        self.verdicts, self.relevance_of, self.with_policies = verdicts, relevance_of, with_policies
+        self.source = f"judge:{verdicts.judge.name}"
+        folder = verdicts.folder
+        self._queries, self._labels, self._policies = (
+            known_queries(folder),
+            known_labels(folder),
+            known_policies(folder),
         )
 
-    def agrees(self, question: QuestionAnswer, row: Mapping[str, Any], answer: Callable[[], str]) -> bool:
-        """Whether what `answer` says, for a row as VERDICT_SCHEMA has it, is the wanted answer."""
+    def label_video(self, candidates: Candidates) -> list[Outcome]:
+        """What became of every question that the judge asks about a video."""
+        return self.label_questions(candidates, self.verdicts.questions(candidates))
 
-        def say() -> tuple[str, bool]:
-            given = answer()
-            said = json.dumps({"wanted": question.answer, "answer": given})
-            return said, self.judge.agrees(question.question, question.answer, given)
+    def label_questions(self, candidates: Candidates, questions: Sequence[QuestionAnswer]) -> list[Outcome]:
+        """What became of each question about a video. What was decided is stored, also where the judge then fails."""
+        if not questions:
+            return []
+        add_lacking_queries(self._queries, [one.question for one in questions])
+        p_QN = None
+        if self.relevance_of:
+            p_QN = self.relevance_of(candidates, [one.question for one in questions])
+            if p_QN.shape != (len(questions), len(candidates.places)):
+                raise ValueError(f"p of {len(candidates.places)} frames for each question is wanted: {p_QN.shape}")
+        outcomes: list[Outcome] = []
+        try:
+            for i, question in enumerate(questions):
+                p_N = None if p_QN is None else p_QN[i]
+                outcomes.append(self.verdicts.decided(lambda one=question, p_N=p_N: self._decide(candidates, one, p_N)))
+        finally:
+            self.verdicts.store()  # where an interrupt came while it was stored
+            self._keep(candidates, outcomes)
+        return outcomes
 
-        return self._stored(row, say, question.answer)["verdict"]
+    def _decide(self, candidates: Candidates, question: QuestionAnswer, p_N: np.ndarray | None) -> Outcome:
+        outcome = judged(self.verdicts, candidates, question, p_N)
+        if outcome.fate != "kept" or not self.with_policies:
+            return outcome
+        relevant = outcome.needed if p_N is None else np.flatnonzero(p_N >= RELEVANT).tolist()
+        policy = probed_policy(self.verdicts, candidates, question, relevant)
+        return dataclasses.replace(outcome, policy=policy)
 
-    def _stored(
-        self, row: Mapping[str, Any], say: Callable[[], tuple[str, bool | None]], wanted: str = ""
-    ) -> dict[str, Any]:
-        """The row as it is stored, after `say` where it was not."""
-        key = _key(row, wanted)
-        if key not in self._known:
-            self._read()
-        if key not in self._known:
-            said, verdict = say()
-            new = pa.Table.from_pylist(
-                [{**row, "judge": self.judge.name, "said": said, "verdict": verdict}], VERDICT_SCHEMA
-            )
-            append(self.folder, VERDICTS, lambda: None if key in self._read() else new)
-            self._read()
-        return self._known[key]
-
-    def _read(self) -> Mapping[Key, dict[str, Any]]:
-        """All that this judge has said, with what was added since the last look."""
-        for name in names_in(self.folder, VERDICTS):
-            if name not in self._files_read:
-                for row in read_rows(self.folder, name, VERDICT_SCHEMA).to_pylist():
-                    if row["judge"] == self.judge.name:
-                        wanted = "" if row["verdict"] is None else json.loads(row["said"])["wanted"]
-                        self._known.setdefault(_key(row, wanted), row)
-                self._files_read.add(name)
-        return self._known
-
-
-def label_video(
-    verdicts: Verdicts, candidates: Candidates, relevance_of: Callable[[str], np.ndarray] | None = None
-) -> list[Outcome]:
-    """What became of every question that the judge asks about a video; as `label_question`, with what `relevance_of`
-    says of a question in place of `relevance_N`.
-    """
-    questions = verdicts.questions(candidates)
-    return [label_question(verdicts, candidates, one, relevance_of and relevance_of(one.question)) for one in questions]
+    def _keep(self, candidates: Candidates, outcomes: Sequence[Outcome]) -> None:
+        """Store the labels and policies of questions that were kept, of all in one file each."""
+        kept = [one for one in outcomes if one.fate == "kept"]
+        if kept:
+            add_lacking(self._labels, [_labels(self.source, candidates, one) for one in kept])
+        policies = [_policy(self.source, candidates.video_id, one) for one in kept if one.policy]
+        if policies:
+            add_lacking_policies(self._policies, policies)
 
 
-def label_question(
+def judged(
     verdicts: Verdicts, candidates: Candidates, question: QuestionAnswer, relevance_N: np.ndarray | None = None
 ) -> Outcome:
-    """What became of a question about a video. Its labels, where it has any, are stored as ``judge:<name>``.
-
-    Frames are left out from the last one on, or from the one of least relevance.
+    """What becomes of a question about a video. Frames are left out from the last one on, or from the one of least
+    relevance.
     """
-    (query_id,) = add_lacking_queries(verdicts.queries, [question.question])
-    every = range(len(candidates.places))
+    query_id, every = query_id_of(question.question), range(len(candidates.places))
+
+    def is_right(step: str, shown: Sequence[int]) -> bool:
+        shown = sorted(shown)
+        row = row_of(query_id, candidates.video_id, step, [candidates.places[i] for i in shown])
+        return verdicts.is_right(question, row, lambda: candidates.frames_NHWC[shown])
+
+    def outcome(fate: Fate, needed: Sequence[int] = ()) -> Outcome:
+        return Outcome(query_id=query_id, question=question.question, fate=fate, needed=tuple(needed))
+
+    if not is_right(CONSISTENT, every):
+        return outcome("inconsistent")
     order = list(every) if relevance_N is None else np.argsort(-relevance_N, kind="stable").tolist()
-    if len(order) != len(every):
-        raise ValueError(f"one relevance for each of {len(every)} frames is wanted, found {len(order)}")
-
-    def rejected(fate: Fate) -> Outcome:
-        return Outcome(query_id=query_id, question=question.question, fate=fate)
-
-    if not verdicts.is_right(question, candidates, CONSISTENT, every):
-        return rejected("inconsistent")
-    needed = fewest(order, lambda shown: verdicts.is_right(question, candidates, SUFFICIENT, shown))
-    if verdicts.is_right(question, candidates, NECESSARY, [i for i in every if i not in needed]):
-        return rejected("not needed")
-    add_lacking(verdicts.labels, [_labels(query_id, f"judge:{verdicts.judge.name}", candidates, needed)])
-    return Outcome(query_id=query_id, question=question.question, fate="kept", needed=tuple(needed))
+    needed = fewest(order, lambda shown: is_right(SUFFICIENT, shown))
+    if is_right(NECESSARY, [i for i in every if i not in needed]):
+        return outcome("not needed")
+    return outcome("kept", needed)
 
 
 def fewest(frames: Sequence[int], suffices: Callable[[Sequence[int]], bool]) -> list[int]:
@@ -196,57 +153,56 @@ def fewest(frames: Sequence[int], suffices: Callable[[Sequence[int]], bool]) -> 
     return sorted(kept)
 
 
-def probe_policies(
-    verdicts: Verdicts, video_id: str, question: QuestionAnswer, answerer: str, answer_under: Callable[[str], str]
-) -> pa.Table:
-    """The policy that a question needs (one row of POLICY_SCHEMA): the only one under which the answer is right, and
-    ``global`` where that is both or neither. `answer_under` gives the answer under a policy, by the model `answerer`.
+def probed_policy(
+    verdicts: Verdicts, candidates: Candidates, question: QuestionAnswer, relevant: Collection[int]
+) -> Policy:
+    """The policy that a question needs: the only one under which the answer is right, and ``global`` where that is both
+    or neither (forced-policy probing of VideoRouter, arXiv:2605.05848).
+
+    Under ``global`` all frames have half of their area, under ``fragment`` the `relevant` ones are whole and the others
+    have a quarter. The step of that verdict is ``fragment/<n>``: its first n frames were whole.
     """
-    (query_id,) = add_lacking_queries(verdicts.queries, [question.question])
-    is_right = {
-        policy: verdicts.agrees(
-            question, _row(query_id, video_id, f"{policy}/{answerer}", ()), partial(answer_under, policy)
-        )
-        for policy in ("global", "fragment")
-    }
-    is_fragment = is_right["fragment"] and not is_right["global"]
-    row = {
-        "query_id": query_id,
-        "source": f"judge:{verdicts.judge.name}",
-        "video_id": video_id,
-        "policy": "fragment" if is_fragment else "global",
-        "p_fragment": float(is_fragment),
-    }
-    return pa.Table.from_pylist([row], schema=POLICY_SCHEMA)
+    places, query_id = candidates.places, query_id_of(question.question)
+    whole = sorted(relevant)
+    others = [i for i in range(len(places)) if i not in set(whole)]
+
+    def under_global() -> np.ndarray:
+        return with_less_detail(candidates.frames_NHWC, GLOBAL_AREA)
+
+    def under_fragment() -> np.ndarray:
+        frames_NHWC = candidates.frames_NHWC.copy()
+        frames_NHWC[others] = with_less_detail(frames_NHWC[others], OTHERS_AREA)
+        return frames_NHWC
+
+    def is_right(step: str, shown: Sequence[Any], frames: Callable[[], np.ndarray]) -> bool:
+        return verdicts.is_right(question, row_of(query_id, candidates.video_id, step, shown), frames)
+
+    in_turn = [places[i] for i in (*whole, *others)]
+    right = is_right(GLOBAL, places, under_global), is_right(f"{FRAGMENT}/{len(whole)}", in_turn, under_fragment)
+    return FRAGMENT if right == (False, True) else GLOBAL
 
 
-def _row(query_id: str, video_id: str, step: str, places: Sequence[Place]) -> dict[str, Any]:
-    """A verdict that is to be: VERDICT_SCHEMA without who says what."""
-    return {
-        "query_id": query_id,
-        "video_id": video_id,
-        "step": step,
-        "clip_ids": [clip_id for clip_id, _ in places],
-        "frames": [frame for _, frame in places],
-    }
+def with_less_detail(frames_NHWC: np.ndarray, area: float) -> np.ndarray:
+    """Frames of the same size with the detail that they have at a share `area` of it."""
+    height, width = frames_NHWC.shape[1:3]
+    small = max(1, round(width * math.sqrt(area))), max(1, round(height * math.sqrt(area)))
+    blurred_NHWC = np.empty_like(frames_NHWC)
+    for frame_HWC, blurred_HWC in zip(frames_NHWC, blurred_NHWC, strict=True):
+        shrunk = Image.fromarray(frame_HWC).resize(small, Image.Resampling.BICUBIC)
+        blurred_HWC[:] = np.asarray(shrunk.resize((width, height), Image.Resampling.BICUBIC))
+    return blurred_NHWC
 
 
-def _key(row: Mapping[str, Any], wanted: str) -> Key:
-    """What a judge is never asked twice about."""
-    places = tuple(zip(row["clip_ids"], row["frames"], strict=True))
-    return row["query_id"], row["video_id"], row["step"], places, wanted
-
-
-def _labels(query_id: str, source: str, candidates: Candidates, needed: Sequence[int]) -> pa.Table:
+def _labels(source: str, candidates: Candidates, outcome: Outcome) -> pa.Table:
+    same = {"query_id": outcome.query_id, "source": source, "video_id": candidates.video_id}
     rows = [
-        {
-            "query_id": query_id,
-            "source": source,
-            "video_id": candidates.video_id,
-            "clip_id": clip_id,
-            "frame": frame,
-            "label": int(i in needed),
-        }
+        {**same, "clip_id": clip_id, "frame": frame, "label": int(i in outcome.needed)}
         for i, (clip_id, frame) in enumerate(candidates.places)
     ]
     return pa.Table.from_pylist(rows, schema=LABEL_SCHEMA)
+
+
+def _policy(source: str, video_id: str, outcome: Outcome) -> dict[str, Any]:
+    p_fragment = float(outcome.policy == FRAGMENT)
+    same = {"query_id": outcome.query_id, "source": source, "video_id": video_id}
+    return {**same, "policy": outcome.policy, "p_fragment": p_fragment}

@@ -17,7 +17,7 @@ import pyarrow as pa
 from ..schemas.errors import RecipeError
 from ..schemas.queries import query_id_of
 from ..schemas.tables import LABEL_SCHEMA, POLICY_SCHEMA, QUERY_SCHEMA
-from .appended import Keys, append, names_in, read_rows, read_table
+from .appended import Keys, names_in, read_rows, read_table
 from .label_places import CandidateFrames, LabelledCache, Videos, frames_of
 from .queries import QUERIES, add_lacking_queries, known_queries
 from .storage import Folder
@@ -145,6 +145,14 @@ def export_policies(cache: LabelledCache, source: str | None = None) -> Iterator
             yield _json({**line, "p_fragment": float(str(np.float32(row["p_fragment"])))})
 
 
+def add_policies(folder: Folder, rows: Sequence[Mapping[str, Any]]) -> int:
+    """Add policies, rows as POLICY_SCHEMA has them, to the cache in `folder`; returns how many.
+
+    What a query, source and video (None for all videos) have already stays.
+    """
+    return add_lacking_policies(known_policies(folder), rows)
+
+
 def known_labels(folder: Folder) -> Keys:
     """What has labels of frames."""
     return Keys(folder, LABELS, LABEL_SCHEMA, ONCE)
@@ -155,17 +163,21 @@ def known_policies(folder: Folder) -> Keys:
     return Keys(folder, POLICIES, POLICY_SCHEMA, ONCE)
 
 
+def add_lacking_policies(known: Keys, rows: Sequence[Mapping[str, Any]]) -> int:
+    """As `add_policies`, for who adds often: `known` reads no file of policies twice."""
+    return len(add_lacking(known, [pa.Table.from_pylist([dict(row)], POLICY_SCHEMA) for row in rows]))
+
+
 def add_lacking(known: Keys, tables: Sequence[pa.Table]) -> list[pa.Table]:
     """Add those of `tables`, each of one query, source and video, that are not `known`; returns them."""
     different = {tuple(table[column][0].as_py() for column in ONCE): table for table in reversed(tables)}
     new: list[pa.Table] = []
 
     def lacking() -> pa.Table | None:
-        there = known.read()
-        new[:] = [table for key, table in reversed(different.items()) if key not in there]
+        new[:] = [table for key, table in reversed(different.items()) if key not in known]
         return pa.concat_tables(new) if new else None
 
-    append(known.folder, known.table, lacking)
+    known.append(lacking)
     return new
 
 
@@ -288,9 +300,9 @@ def _of_source(rows: pa.Table, source: str | None) -> pa.Table:
 
 
 def _texts(cache: LabelledCache) -> dict[str, str]:
-    """The queries that are texts, by id."""
+    """The queries by id."""
     rows = read_table(cache.folder, QUERIES, QUERY_SCHEMA).to_pylist()
-    return {row["query_id"]: row["text"] for row in rows if row["text"] is not None}
+    return {row["query_id"]: row["text"] for row in rows}
 
 
 def _json(line: Mapping[str, Any]) -> str:

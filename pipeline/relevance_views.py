@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -41,6 +42,10 @@ TABLES = {
     "policies": POLICY_SCHEMA,
     "verdicts": VERDICT_SCHEMA,
 }
+# A query that names one of these views; they are made when it comes, since readers of tokens need none of them.
+NAMES_RELEVANCE = re.compile(
+    r"\b(queries|query_embeddings|scorers|relevance|relevance_history|labels|policies|verdicts)\b", re.I
+)
 SCORES, SCORERS = f"{RELEVANCE}/scores", f"{RELEVANCE}/scorers"
 
 
@@ -64,8 +69,9 @@ def create_frame_views(
 
 def _create_embedded_view(connection: duckdb.DuckDBPyConnection, name: str, uris: Sequence[str], dim: int) -> None:
     def embedding(stored: pa.Array) -> pa.Array:
-        values = torch.from_numpy(bytes_of(stored).view("<f2").copy()).float().numpy()
-        return pa.FixedSizeListArray.from_arrays(values, dim)
+        values_ND = torch.from_numpy(bytes_of(stored).view("<f2").copy()).float().reshape(-1, dim)
+        values_ND = torch.nn.functional.normalize(values_ND, dim=1)  # float16 has made them a little longer or shorter
+        return pa.FixedSizeListArray.from_arrays(values_ND.numpy().reshape(-1), dim)
 
     connection.create_function(
         f"frame_embedding_of_{name}", embedding, [BLOB], connection.array_type(FLOAT, dim), type=ARROW
@@ -122,7 +128,8 @@ def create_relevance_views(connection: duckdb.DuckDBPyConnection, folder: Folder
     for name, schema in TABLES.items():
         uris = [folder.uri(file) for file in names_in(folder, f"{RELEVANCE}/{name}")]
         connection.execute(f"create or replace temp view {name} as from {source_of(connection, name, uris, schema)}")
-    uris = [folder.uri(file) for file in folder.list(SCORES) if file.endswith(".parquet")]
+    scorers = {file.rpartition("/")[0] for file in folder.list(SCORES)}
+    uris = [folder.uri(file) for scorer in sorted(scorers) for file in names_in(folder, scorer)]
     source = source_of(connection, "scores", uris, SCORE_SCHEMA)
     connection.execute(f"create or replace temp view relevance_history as from {source}")
     connection.register("scorer_rows", scorer_rows(folder, info))
@@ -136,7 +143,8 @@ def create_relevance_views(connection: duckdb.DuckDBPyConnection, folder: Folder
         from (select r.*, rule, scale, bias,
                      coalesce((raw - avg(raw) over video)
                               / if(stddev_pop(raw) over video > {ALIKE}, stddev_pop(raw) over video, null), 0) as apart
-              from relevance_history r join scorers s using (scorer, version) where s.is_current
+              from relevance_history r join scorers s using (scorer, version)
+              where s.is_current and clip_id in (select clip_id from clips)
               window video as (partition by query_id, scorer, version, video_id))""")
 
 

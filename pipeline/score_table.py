@@ -22,26 +22,27 @@ if TYPE_CHECKING:
     from .cache import TokenCache
 
 FILE_ROWS = 1 << 20  # scores that are made, held and written at a time, about
-QUERIES_AT_ONCE = 64
+FEWEST_QUERIES, MOST_QUERIES = 64, 4096  # that are scored in one scan
 KEY = ["query_id", "clip_id", "frame"]
 KEY_SCHEMA = pa.schema([SCORE_SCHEMA.field(name) for name in KEY])
 Span = tuple[str, str]  # clip ids from the first one on, before the second
 
 
-def store_scores(
-    cache: "TokenCache", name: str, query_ids: Sequence[str], vectors_ND: np.ndarray, where: str = "true"
-) -> int:
-    """Add the scores by the encoder `name` that `relevance` lacks, of all candidate frames of the clips where a
-    condition holds; returns how many. What others have added meanwhile, or a killed process before, is not made again.
+def store_scores(cache: "TokenCache", name: str, vectors: Mapping[str, np.ndarray], where: str = "true") -> int:
+    """Add the scores by the encoder `name` that `relevance` lacks, for queries with these `vectors`, of all candidate
+    frames of the videos that clips are of where a condition holds; returns how many. What others have added meanwhile,
+    or a killed process before, is not made again.
     """
     encoder = encoders_of(cache.info)[name]
     register_scorer(cache.folder, name, encoder.version, encoder.spec, encoder.calibration)
     num_frames = cache.sql(f"select coalesce(sum(1), 0)::bigint as n from frames_{name}")["n"][0].as_py()
     table, num_added = _ScoreTable(cache.folder, name, encoder.version), 0
-    for start in range(0, len(query_ids), QUERIES_AT_ONCE):
-        ids = query_ids[start : start + QUERIES_AT_ONCE]
-        vectors = vectors_ND[start : start + QUERIES_AT_ONCE].tolist()
-        asked = pa.table({"query_id": ids, "embedding": pa.array(vectors, pa.list_(pa.float32()))})
+    query_ids = sorted(vectors)  # then files of other parts need not be read
+    at_once = min(MOST_QUERIES, max(FEWEST_QUERIES, FILE_ROWS // max(1, num_frames)))
+    for start in range(0, len(query_ids), at_once):
+        ids = query_ids[start : start + at_once]
+        embedded = pa.array([vectors[one] for one in ids], pa.list_(pa.float32()))
+        asked = pa.table({"query_id": ids, "embedding": embedded})
         for span in spans(-(-num_frames * len(ids) // FILE_ROWS)):
 
             def lacking(asked: pa.Table = asked, ids: Sequence[str] = ids, span: Span = span) -> pa.Table:
@@ -79,7 +80,8 @@ def spans(count: int) -> Iterator[Span]:
 def _scores(cache: "TokenCache", name: str, where: str, span: Span) -> str:
     """A query for the rows of SCORE_SCHEMA that the table `known` lacks, for the queries in the table `asked`."""
     dim = encoders_of(cache.info)[name].spec["dim"]
-    of = "" if where == "true" else f"and f.clip_id in (select clip_id from {CLIPS_WITH_VIDEOS} where {where})"
+    # Whole videos: p is of a frame among those of its video.
+    of = "" if where == "true" else f"and f.video_id in (select video_id from {CLIPS_WITH_VIDEOS} where ({where}\n))"
     return f"""
         select q.query_id, ?::varchar as scorer, ?::varchar as version, f.video_id, f.clip_id, f.frame,
                array_inner_product(f.embedding, q.embedding::FLOAT[{dim}])::float as raw

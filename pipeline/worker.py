@@ -106,8 +106,8 @@ def _frame_fingerprints(decoder: FrameDecoder, maker: FrameMaker) -> dict[str, s
     }
     prints = {FRAMES: digest_of(basis | {"scores": FRAME_SCORES_REVISION})}
     for product, embedder in maker.embedders.items():
-        encoder = {"encoder": asdict(embedder.encoder.spec), "batch_size": embedder.batch_size}
-        prints[product] = digest_of(basis | encoder)
+        spec = {key: value for key, value in asdict(embedder.encoder.spec).items() if key != "calibration"}
+        prints[product] = digest_of(basis | {"encoder": spec, "batch_size": embedder.batch_size})
     return prints
 
 

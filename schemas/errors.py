@@ -6,7 +6,8 @@
     ├── DecodeError        a video or clip cannot be decoded; becomes a failure row, never ends a job
     ├── TokenizerError     an unknown tokenizer, absent weights, or frames that it does not take
     ├── CacheError         a cache is absent, was made by another recipe, or is damaged
-    └── StorageError       a place cannot be read or written: permission, disk full, read-only
+    ├── StorageError       a place cannot be read or written: permission, disk full, read-only
+    └── UnclearError       a judge said what cannot be understood; others may be asked, and the same one later
 
 Each message says what was asked, what was found, what would be accepted, and what to do, in one line.
 The command line prints it and exits; a traceback is a bug of ours.
@@ -41,6 +42,10 @@ class CacheError(TokenmillError):
 
 class StorageError(TokenmillError):
     """A place cannot be read or written."""
+
+
+class UnclearError(TokenmillError):
+    """A judge said what cannot be understood."""
 
 
 def did_you_mean(found: str, accepted: list[str]) -> str:

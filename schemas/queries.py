@@ -10,24 +10,21 @@ ID_DIGITS = 16
 ACCEPTED = 'accepted: {"query": "some text"} or "some text"'
 
 
-def query_id_of(text: str | None = None, example: str | None = None) -> str:
-    """The id of a query for a text, or for an example (a clip or frame): 16 hex digits that its content decides.
+def query_id_of(text: str) -> str:
+    """The id of a query: 16 hex digits that its text decides.
 
     Space around it does not count. RecipeError for an empty one.
     """
-    if (text is None) == (example is None):
-        raise ValueError(f"a query is a text or an example: {text=} {example=}")
-    kind, content = ("text", text) if text is not None else ("example", example)
-    content = (content or "").strip()
-    if not content:
-        raise RecipeError(f"an empty {kind} is no query: give one that says what is looked for")
-    return digest_of([kind, content])[:ID_DIGITS]
+    if not text.strip():
+        raise RecipeError("an empty text is no query: give one that says what is looked for")
+    return digest_of(["text", text.strip()])[:ID_DIGITS]
 
 
 def read_queries(lines: Iterable[str], name: str) -> list[str]:
     """The texts of queries in JSON lines of the file called `name`: ``{"query": text}`` or a text alone.
 
-    Empty lines are skipped; other keys are left for others to read. RecipeError names the first line that is neither.
+    Empty lines are skipped; other keys are left for others to read. RecipeError names the first line that is neither,
+    and a file without any query.
     """
     texts = []
     for number, line in enumerate(lines, 1):
@@ -41,4 +38,6 @@ def read_queries(lines: Iterable[str], name: str) -> list[str]:
         if not isinstance(text, str) or not text.strip():
             raise RecipeError(f"{name}, line {number}: no query, found {line.strip()[:60]}; {ACCEPTED}")
         texts.append(text.strip())
+    if not texts:
+        raise RecipeError(f"{name}: no query in it; {ACCEPTED}")
     return texts

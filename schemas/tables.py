@@ -156,13 +156,12 @@ EMBEDDED_FRAMES_SCHEMA = pa.schema(
 )
 
 # Queries and what is known of frames for them: tables below relevance/, which only grow. `version` is the fingerprint
-# of the product (or the digest of the scorer) that a score was made by, `source` who says so. `example` is the clip or
-# frame that frames are to be like, in place of a text. A `label` is 1 where the frame is needed for the answer.
+# of the product (or the digest of the scorer) that a score was made by, `source` who says so. A `label` is 1 where the
+# frame is needed for the answer.
 QUERY_SCHEMA = pa.schema(
     [
         pa.field("query_id", pa.string(), nullable=False),
-        pa.field("text", pa.string()),
-        pa.field("example", pa.string()),
+        pa.field("text", pa.string(), nullable=False),
     ]
 )
 QUERY_EMBEDDING_SCHEMA = pa.schema(

@@ -5,16 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tokenmill.jobs import labels as labels_job
 from tokenmill.jobs.labels import candidates_of, export_labels, import_labels, label_videos, make_labels
+from tokenmill.jobs.opening import open_cache
 from tokenmill.pipeline.appended import read_table
-from tokenmill.pipeline.cache import open_cache
-from tokenmill.pipeline.judge import FakeJudge, UnclearError
-from tokenmill.pipeline.label_making import VERDICTS
+from tokenmill.pipeline.judge import VERDICTS, FakeJudge, QuestionAnswer
 from tokenmill.pipeline.labels import LABELS, POLICIES
-from tokenmill.schemas.errors import RecipeError
+from tokenmill.pipeline.render import write_video
+from tokenmill.schemas.errors import CacheError, RecipeError, UnclearError
 from tokenmill.schemas.tables import LABEL_SCHEMA, POLICY_SCHEMA, VERDICT_SCHEMA
 
 from ..conftest import run_ffmpeg
@@ -73,14 +74,17 @@ def test_a_file_that_is_no_text_is_refused(cache: str, tmp_path: Path) -> None:
         import_labels(cache, "l.jsonl", "people")
 
 
+@pytest.mark.parametrize("where", ["uri like '%red.mp4'", "end_s > 2.5 and uri like '%.mp4'"])
 def test_a_judge_labels_frames_of_the_sources(
-    cache: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    cache: str, tokenmill: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     monkeypatch.setattr(labels_job, "OpenAiJudge", lambda url, model: FakeJudge())
-    make_labels(cache, "http://localhost", "model", "uri like '%red.mp4'")
-    printed = capfd.readouterr().out
-    assert "1 videos: 1 questions kept, 1 rejected" in printed
+    asked = ("--judge", "http://localhost", "--model", "model", "--where", where, "--policies")
+    ran = tokenmill("labels", "make", cache, *asked)
+    assert ran.code == 0
+    assert "1 videos: 1 questions kept, 1 rejected" in ran.out
     opened = open_cache(cache)
+    assert read_table(opened.folder, POLICIES, POLICY_SCHEMA)["policy"].to_pylist() == ["global"]  # red without detail
     rows = read_table(opened.folder, LABELS, LABEL_SCHEMA).to_pylist()
     frames = opened.sql("select clip_id, frame, pts_s from frames").to_pylist()
     times_s = {(one["clip_id"], one["frame"]): one["pts_s"] for one in frames}
@@ -112,19 +116,77 @@ def test_a_video_that_cannot_be_judged_costs_no_other(cache: str) -> None:
     assert len(list(label_videos(open_cache(cache), FakeJudge(), "true", 1))) == 1
 
 
-def test_an_interrupt_keeps_what_was_said(
-    cache: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_an_interrupt_keeps_what_was_said(cache: str, capfd: pytest.CaptureFixture[str]) -> None:
     class Interrupted(FakeJudge):
         def ask(self, description: str) -> list:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(labels_job, "OpenAiJudge", lambda url, model: Interrupted())
     with pytest.raises(SystemExit):
-        make_labels(cache, "http://localhost", "model")
+        make_labels(cache, Interrupted())
     assert "the same command resumes" in capfd.readouterr().err
     said = read_table(open_cache(cache).folder, VERDICTS, VERDICT_SCHEMA)
     assert said["step"].to_pylist() == ["describe"]
+
+
+class DetailJudge(FakeJudge):
+    """Asks one question, which the answer to is yes where fine stripes are seen."""
+
+    name = "detail"
+
+    def __init__(self, question: str) -> None:
+        self.question = question
+
+    def ask(self, description: str) -> list[QuestionAnswer]:
+        return [QuestionAnswer(question=self.question, answer="yes")]
+
+    def answer(self, frames_NHWC: np.ndarray, question: str) -> str:
+        apart_N = np.abs(np.diff(frames_NHWC.astype(float), axis=1)).mean((1, 2, 3))
+        return "yes" if (apart_N > 10).any() else "no"
+
+
+@pytest.mark.parametrize(
+    ("encoders", "question", "step", "policy"),
+    [
+        ({}, "any blue stripes ?", "fragment/1", "fragment"),  # by the frame that was labelled
+        ({"colours": {"encoder": "fake"}}, "any red stripes ?", "fragment/1", "fragment"),  # and by what the text names
+        ({"colours": {"encoder": "fake"}}, "any blue stripes ?", "fragment/0", "global"),
+    ],
+)
+def test_policies_are_made_by_frames_that_the_encoder_of_texts_finds_relevant(
+    tokenmill: Callable[..., Any], write_recipe: Callable[..., str], tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    encoders: dict[str, Any], question: str, step: str, policy: str,
+) -> None:  # fmt: skip
+    frames_THWC = np.full((24, 32, 48, 3), 128, np.uint8)
+    frames_THWC[8:12, ::2], frames_THWC[8:12, 1::2] = (255, 0, 0), (90, 0, 0)
+    write_video(str(tmp_path / "stripes.mp4"), frames_THWC, 8)
+    recipe = write_recipe([tmp_path / "stripes.mp4"], frames={"fps": 2, "encoders": encoders})
+    assert tokenmill("run", recipe).code == 0
+    make_labels(str(tmp_path / "cache"), DetailJudge(question), policies=True)
+    assert "1 questions kept" in capfd.readouterr().out
+    cache = open_cache(str(tmp_path / "cache"))
+    rows = cache.sql("from policies").to_pylist()
+    assert [(row["source"], row["policy"]) for row in rows] == [("judge:detail", policy)]
+    (clip_ids, frames), *_ = [
+        (row["clip_ids"], row["frames"]) for row in cache.sql("from verdicts").to_pylist() if row["step"] == step
+    ]
+    (first_s,) = cache.sql("select pts_s from frames where clip_id = ? and frame = ?", [clip_ids[0], frames[0]])[
+        "pts_s"
+    ]
+    assert first_s.as_py() == (1.0 if step == "fragment/1" else 0.0)
+
+
+def test_videos_that_cannot_be_chosen_are_told(
+    cache: str, tokenmill: Callable[..., Any], write_recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    with pytest.raises(CacheError, match="no clip where uri = 'green'"):
+        list(label_videos(open_cache(cache), FakeJudge(), "uri = 'green'", None))
+    bare = tmp_path / "bare"
+    assert tokenmill("run", write_recipe([tmp_path / "in"], cache=str(bare))).code == 0
+    said = "bare: it has no candidate frames: add `frames: {}` to its recipe and run it again"
+    with pytest.raises(CacheError, match=said):
+        list(label_videos(open_cache(str(bare)), FakeJudge(), "true", None))
+    assert tokenmill("run", write_recipe([tmp_path / "in"], cache=str(bare), frames={})).code == 0
+    assert len(list(label_videos(open_cache(str(bare)), FakeJudge(), "true", 1))) == 1
 
 
 def test_candidates_are_different_frames_at_even_distances(

@@ -16,11 +16,11 @@ from PIL import Image
 
 from tokenmill.jobs import openai_judge
 from tokenmill.jobs.openai_judge import KEY_VARIABLE, OpenAiJudge, json_in
-from tokenmill.pipeline.judge import Judge, QuestionAnswer, UnclearError
-from tokenmill.pipeline.label_making import Candidates, Verdicts, label_question
+from tokenmill.pipeline.judge import Candidates, Judge, QuestionAnswer, Verdicts
+from tokenmill.pipeline.label_making import Labeller
 from tokenmill.pipeline.retries import RetryPolicy
 from tokenmill.pipeline.storage import Folder
-from tokenmill.schemas.errors import RecipeError, TokenmillError
+from tokenmill.schemas.errors import RecipeError, TokenmillError, UnclearError
 
 QUICK = RetryPolicy(attempts=3, first_wait_s=0.001)
 FRAMES_NHWC = np.stack([np.full((8, 16, 3), value, np.uint8) for value in (0, 250)])
@@ -240,7 +240,7 @@ def test_a_question_is_labelled_through_an_endpoint(endpoint: Endpoint) -> None:
     endpoint.says('{"answer": "yes"}', '{"answer": "no"}', '{"same": false}', '{"answer": "Yes."}', "unknown", "No.")
     candidates = Candidates(video_id="v", places=(("clip", 0), ("clip", 1)), read=lambda: FRAMES_NHWC)
     verdicts = Verdicts(Folder("memory:///endpoint"), endpoint.judge())
-    outcome = label_question(verdicts, candidates, RED)
+    (outcome,) = Labeller(verdicts).label_questions(candidates, [RED])
     assert (outcome.fate, outcome.needed) == ("kept", (1,))
     num_pictures = [len(one["messages"][0]["content"]) - 1 for one in endpoint.sent]
     assert num_pictures == [2, 1, 0, 1, 1, 0]  # the answers of all, of either, and of the other; what differs is asked

@@ -7,17 +7,24 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 import tokenmill as library
 from tokenmill.pipeline import score_table
 from tokenmill.pipeline.cache import TokenCache
 from tokenmill.pipeline.cache import open_cache as open_without_encoders
+from tokenmill.pipeline.cache_head import read_info, register_products
+from tokenmill.pipeline.frame_file import read_embedded_rows
 from tokenmill.pipeline.relevance import FakeEncoder, calibrated
+from tokenmill.pipeline.storage import Folder
 from tokenmill.schemas.errors import CacheError, RecipeError
 from tokenmill.schemas.queries import query_id_of
 from tokenmill.schemas.relevance import STANDARDIZED
@@ -52,15 +59,26 @@ def embeddings_of(cache: TokenCache, name: str = "colours") -> tuple[list[tuple[
     return list(zip(rows["clip_id"].to_pylist(), rows["frame"].to_pylist(), strict=True)), vectors_ND
 
 
+def read(cache: TokenCache, name: str, clip_id: str) -> np.ndarray:
+    """The embeddings of a clip as its file has them."""
+    (place,) = cache.sql(
+        "from locations where product = ? and clip_id = ?::uuid", [f"frames/{name}", clip_id]
+    ).to_pylist()
+    rows = dict(read_embedded_rows(pq.read_table(cache.folder.path(place["name"])), 3))
+    return rows[clip_id].astype(np.float64)
+
+
 def test_scores_in_sql_are_those_of_numpy(cache: TokenCache) -> None:
     (query_id,) = cache.score("something red")
     places, vectors_ND = embeddings_of(cache)
     assert len(places) == NUM_VIDEOS * NUM_FRAMES > 1000
-    wanted_N = vectors_ND.astype(np.float64) @ FakeEncoder().embed_texts(["something red"])[0]
+    stored_ND = np.concatenate([read(cache, "colours", clip_id) for clip_id in sorted({one for one, _ in places})])
+    text_D = FakeEncoder().embed_texts(["something red"])[0].astype(np.float64)
+    wanted_N = stored_ND @ text_D / (np.linalg.norm(stored_ND, axis=1) * np.linalg.norm(text_D))
     rows = cache.sql("from relevance where query_id = ? order by clip_id, frame", [query_id])
     assert list(zip(rows["clip_id"].to_pylist(), rows["frame"].to_pylist(), strict=True)) == places
     assert np.abs(rows["raw"].to_numpy() - wanted_N).max() < 1e-6
-    assert np.allclose(np.linalg.norm(vectors_ND, axis=1), 1, atol=1e-3)
+    assert np.allclose(np.linalg.norm(vectors_ND, axis=1), 1, atol=1e-6)
     p_N = calibrated(rows["raw"].to_numpy(), rows["video_id"].to_numpy(zero_copy_only=False), STANDARDIZED)
     assert np.abs(rows["p"].to_numpy() - p_N).max() < 1e-9
     best = np.lexsort((np.arange(len(places)), -rows["raw"].to_numpy()))[:10]
@@ -135,7 +153,10 @@ def test_scoring_again_adds_nothing(cache: TokenCache) -> None:
 
 
 def test_a_part_that_was_scored_is_completed(cache: TokenCache) -> None:
-    (query_id,) = cache.score("yellow", where="uri like '%3.mp4'")
+    (clip_id,) = cache.sql(
+        "select any_value(clip_id) as c from clips join videos using (video_id) where uri like '%3.mp4'"
+    )["c"].to_pylist()
+    (query_id,) = cache.score("yellow", where=f"clip_id = '{clip_id}'")  # p is of a frame among those of its video
     count = "select count(*) as n from relevance where query_id = ?"
     assert cache.sql(count, [query_id])["n"].to_pylist() == [NUM_FRAMES]
     cache.score("yellow")
@@ -246,7 +267,7 @@ def test_without_an_encoder_of_texts_a_query_is_refused(tmp_path: Path, tokenmil
     make(recipe)
     run = tokenmill("score", str(tmp_path / "cache"), "--query", "blue")
     assert run.code == 1
-    assert "no encoder of its frames takes texts (it has seen (look))" in run.err
+    assert "no encoder of its frames takes texts (its encoders: seen (look))" in run.err
     assert "add one to the recipe, for instance frames: {encoders: {siglip: {encoder: transformers" in run.err
     cache = library.open_cache(str(tmp_path / "cache"))
     with pytest.raises(CacheError, match=r"encoder seen \(look\) takes no texts"):
@@ -254,6 +275,55 @@ def test_without_an_encoder_of_texts_a_query_is_refused(tmp_path: Path, tokenmil
     with pytest.raises(CacheError, match="no encoder 'sen'"):
         cache.search("blue", scorer="sen")
     assert cache.sql("select count(*) as n from relevance")["n"].to_pylist() == [0]
+
+
+def test_without_embeddings_an_example_is_refused(tmp_path: Path) -> None:
+    make(planted_recipe(tmp_path, {"tokens": {}, "frames": {}}, _first_video))
+    cache = library.open_cache(str(tmp_path / "cache"))
+    clip_id = cache.sql("select clip_id from clips")["clip_id"][0].as_py()
+    with pytest.raises(CacheError, match=r"it has no embeddings of frames .*for instance frames: .encoders: .look:"):
+        cache.search(like=clip_id)
+
+
+def test_a_snapshot_shows_the_scores_of_its_clips(tmp_path: Path) -> None:
+    recipe = planted_recipe(tmp_path, {"tokens": {}}, _first_video)
+    make(recipe)
+    number = library.open_cache(str(tmp_path / "cache")).snapshot()
+    planted_video(tmp_path / "videos" / "1.mp4", 32, {}, seed=5)
+    make(recipe)
+    cache = library.open_cache(str(tmp_path / "cache"))
+    cache.score("red")
+    count = "select count(*) as n from relevance"
+    assert cache.sql(count)["n"].to_pylist() == [192]
+    assert library.open_cache(str(tmp_path / "cache"), snapshot=number).sql(count)["n"].to_pylist() == [160]
+
+
+def test_damage_below_relevance_is_found_and_hinders_no_reader_of_tokens(tmp_path: Path, tokenmill: Command) -> None:
+    make(planted_recipe(tmp_path, {}, _first_video))
+    folder = tmp_path / "cache"
+    library.open_cache(str(folder)).score("red")
+    (file,) = folder.glob("relevance/scores/colours/*.parquet")
+    file.write_bytes(file.read_bytes()[:-20])
+    cache = library.open_cache(str(folder))
+    clip_id = cache.clips()["clip_id"][0].as_py()
+    assert len(cache.read("dct", [clip_id])) == 1
+    with pytest.raises(CacheError, match=r"relevance/scores/colours/1.parquet"):
+        cache.sql("from relevance")
+    run = tokenmill("verify", str(folder))
+    assert run.code == 1
+    assert "relevance/scores/colours/1.parquet: damaged" in run.out + run.err
+
+
+def test_candidates_at_another_rate_are_another_version(tmp_path: Path, tokenmill: Command) -> None:
+    recipe = planted_recipe(tmp_path, {"tokens": {}}, _first_video)
+    make(recipe)
+    make(recipe, "frames={fps: 1, encoders: {other: {encoder: fake}}}")
+    cache = library.open_cache(str(tmp_path / "cache"))
+    counts = [cache.sql(f"select count(*) as n from {view}")["n"][0].as_py() for view in ("frames", "frames_other")]
+    assert counts == [40, 40]
+    assert cache.sql("select count(*) as n from frames_colours")["n"].to_pylist() == [160]
+    run = tokenmill("verify", str(tmp_path / "cache"), "--deep", "--retokenize", "1")
+    assert run.code == 0, run.out + run.err
 
 
 def test_a_query_in_words_takes_the_encoder_that_made_the_frames(recipe: str) -> None:
@@ -274,10 +344,74 @@ def test_a_query_in_words_takes_the_encoder_that_made_the_frames(recipe: str) ->
         cache.score("  ")
 
 
+class Searches(Dataset):
+    """Asks a cache in the process that loads."""
+
+    def __init__(self, cache: TokenCache) -> None:
+        self.cache = cache
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> list[int]:
+        found = self.cache.search("red", k=2)["frame"].to_pylist()
+        return [*found, self.cache.select("red", 50, "fake").num_tokens]
+
+
+def test_forked_loaders_can_ask_what_their_parent_has_asked(cache: TokenCache) -> None:
+    cache.score("red")
+    asked = Searches(cache)
+    wanted = [asked[0], asked[1]]
+    loader = DataLoader(asked, num_workers=1, timeout=60, multiprocessing_context="fork", collate_fn=list)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's own, of a process with threads that forks
+        assert [one for batch in loader for one in batch] == wanted
+
+
+def test_one_text_with_other_spaces_is_scored_once(cache: TokenCache) -> None:
+    ids = cache.score(["spaced green", " spaced green ", "spaced green"])
+    assert len(set(ids)) == 1
+    count = "select count(*) as n from relevance where query_id = ?"
+    assert cache.sql(count, [ids[0]])["n"].to_pylist() == [NUM_VIDEOS * NUM_FRAMES]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("nope = 1", "nope"), ("", "the query failed"), ("false", "no clip where false: give another condition")],
+)
+def test_a_condition_that_cannot_be_is_refused_before_anything_is_kept(
+    cache: TokenCache, where: str, message: str
+) -> None:
+    before = cache.sql("select count(*) as n from queries")["n"].to_pylist()
+    for ask in (cache.score, lambda text, where: cache.select(text, 10, "fake", where=where)):
+        with pytest.raises(CacheError, match=message):
+            ask("never stored", where=where)
+    cache = library.open_cache(cache.folder.url)
+    assert cache.sql("select count(*) as n from queries")["n"].to_pylist() == before
+    assert cache.select("red", 50, "fake", where="true -- all of them").num_tokens > 0
+
+
+def test_nothing_is_found_by_embeddings_that_are_not_made_yet(tmp_path: Path) -> None:
+    recipe = planted_recipe(tmp_path, {"tokens": {}}, _first_video)
+    make(recipe)
+    folder = Folder(str(tmp_path / "cache"))
+    entry = read_info(folder).products["frames/colours"]
+    register_products(folder, {"frames/colours": replace(entry, fingerprint="0" * 64)})
+    with pytest.raises(CacheError, match="no frame is embedded by the current version of frames/colours yet: run"):
+        library.open_cache(folder.url).score("red")
+
+
+def test_what_to_look_for_is_said_in_full(cache: TokenCache) -> None:
+    for wrong in ({"k": 0}, {"by": "video"}):
+        with pytest.raises(CacheError, match="accepted: k from 1 on, by frame or clip; found"):
+            cache.search("red", **wrong)  # pyright: ignore[reportArgumentType]
+
+
 def test_the_command_scores_files_of_queries_and_shows_the_best(
     recipe: str, tmp_path: Path, tokenmill: Command
 ) -> None:
     folder, queries = str(Path(recipe).parent / "cache"), tmp_path / "queries.jsonl"
+    assert tokenmill("score", folder, "--query", "it's [/red]", "--no-keep", "--top", "1").out.count(".mp4") == 1
     queries.write_text('{"query": "red"}\n"blue"\n')
     run = tokenmill("score", folder, "--queries", str(queries), "--query", "blue", "--top", "3", "--by", "clip")
     assert run.code == 0, run.err

@@ -15,18 +15,18 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tokenmill.jobs import router_features, train_router
+from tokenmill.jobs import router_feature_makers, train_router
 from tokenmill.jobs.interruption import heed_interrupts
 from tokenmill.jobs.router_features import held_out
 from tokenmill.jobs.train_router import auroc
 from tokenmill.pipeline.cache import open_cache
 from tokenmill.pipeline.labels import import_frame_labels
-from tokenmill.pipeline.relevance import COLOURS, FakeEncoder
+from tokenmill.pipeline.relevance import COLOURS, FakeEncoder, check_same_encoder, encoders_of
 from tokenmill.pipeline.storage import Folder
 from tokenmill.schemas.cache_info import CacheInfo, ProductInfo
 from tokenmill.schemas.errors import CacheError, DecodeError, RecipeError, TokenizerError
 from tokenmill.schemas.router_training import parse_router_training
-from tokenmill.schemas.tables import LABEL_SCHEMA, POLICY_SCHEMA, QUERY_SCHEMA
+from tokenmill.schemas.tables import LABEL_SCHEMA, POLICY_SCHEMA, QUERY_EMBEDDING_SCHEMA, QUERY_SCHEMA
 from tokenmill.tokenizers.router import RouterFile, pair_features
 
 from ..conftest import MakeVideo
@@ -95,6 +95,7 @@ class LabelledCache:
             for one in texts
         ]
         self.add("policies", policies, POLICY_SCHEMA)
+        self.add("query_embeddings", [], QUERY_EMBEDDING_SCHEMA)
 
     def add(self, name: str, rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
         """Make a table of these rows."""
@@ -105,6 +106,18 @@ class LabelledCache:
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> pa.Table:
         """As a cache's."""
         return self.connection.sql(query, params=list(parameters)).to_arrow_table()
+
+    def answer(self, query: str, parameters: Sequence[Any], **tables: pa.Table) -> pa.Table:
+        """As a cache's."""
+        for name, table in tables.items():
+            self.connection.register(name, table)
+        return self.sql(query, parameters)
+
+    def encoder(self, name: str) -> FakeEncoder:
+        """As a cache's."""
+        encoder = FakeEncoder()
+        check_same_encoder(encoder, encoders_of(self.info)[name], self.folder.url)
+        return encoder
 
 
 class Said:
@@ -141,7 +154,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LabelledCache:
     """The cache that every recipe of a test finds."""
     made = LabelledCache(tmp_path / "cache")
     monkeypatch.setattr(train_router, "open_cache", lambda uri, snapshot: made)
-    monkeypatch.setattr(router_features, "CHUNK", 100)
+    for name, at_once in {"FRAMES": 30, "PAIRS": 100, "TEXTS": 30}.items():
+        monkeypatch.setattr(router_feature_makers, f"{name}_AT_ONCE", at_once)
     return made
 
 
@@ -155,8 +169,8 @@ def train(folder: Path, said: Said | None = None, *, training: dict[str, Any] = 
 
 def kept(folder: Path) -> list[str]:
     """Digests of all that a training leaves, apart from the recipe."""
-    names = ("router.safetensors", "metrics.jsonl", "features/relevance.npy", "features/policy_targets.npy")
-    return [hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names]
+    paths = [folder / "router.safetensors", folder / "metrics.jsonl", *sorted(folder.glob("features/*.npy"))]
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
 
 
 def test_heads_learn_the_rule_and_the_file_says_how_well(cache: LabelledCache, tmp_path: Path) -> None:
@@ -280,6 +294,47 @@ def test_labels_that_come_later_change_nothing_of_a_training_that_has_begun(
     assert kept(tmp_path / "new") == kept(tmp_path / "undisturbed")
 
 
+def test_the_order_of_labels_in_the_cache_does_not_matter(cache: LabelledCache, tmp_path: Path) -> None:
+    train(tmp_path / "out")
+    cache.connection.execute("create or replace table labels as from labels order by hash(clip_id, frame, query_id)")
+    assert not train(tmp_path / "out").of("labels_changed")
+    train(tmp_path / "new")
+    assert kept(tmp_path / "new") == kept(tmp_path / "out")
+
+
+def test_many_labels_of_few_frames_take_ten_bytes_each(cache: LabelledCache, tmp_path: Path) -> None:
+    cache.connection.execute("""create or replace table labels as
+        select q.query_id, 'rule' as source, video_id, clip_id, frame, (frame % 2)::tinyint as label
+        from frames_fake, queries q where q.text is not null""")
+    said = train(tmp_path / "out", training={**QUICK, "batch_size": 1000})
+    num_labels = sum(said.of("training")[0][side] for side in ("learned_from", "held_out"))
+    assert num_labels == VIDEOS * FRAMES * 45
+    features = tmp_path / "out" / "features"
+    embeddings = {name: np.load(features / f"{name}.npy") for name in ("frames", "texts")}
+    assert embeddings["frames"].shape == (VIDEOS * FRAMES, 3)
+    assert embeddings["frames"].dtype == np.float16
+    assert embeddings["texts"].shape == (45, 3)
+    num_bytes = sum(path.stat().st_size for path in features.rglob("*") if path.is_file())
+    assert num_bytes < 10 * num_labels + sum(one.nbytes for one in embeddings.values()) + 2000
+
+
+def test_texts_that_the_cache_has_embedded_are_not_embedded_again_and_others_one_by_one(
+    cache: LabelledCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = {"f1": [0.6, 0.8, 0.0], "f0": [0.0, 0.0, 1.0]}
+    rows = [{"query_id": "q000", "scorer": "fake", "version": one, "embedding": vectors[one]} for one in vectors]
+    cache.add("query_embeddings", [*rows, {**rows[1], "scorer": "mute"}], QUERY_EMBEDDING_SCHEMA)
+    asked, embed_texts = [], FakeEncoder.embed_texts
+    monkeypatch.setattr(
+        FakeEncoder, "embed_texts", lambda self, texts: (asked.append(texts), embed_texts(self, texts))[1]
+    )
+    train(tmp_path / "out")
+    texts_ND = np.load(tmp_path / "out" / "features" / "texts.npy")
+    assert texts_ND[0].tolist() == pytest.approx(vectors["f1"])
+    assert [len(texts) for texts in asked] == [1] * 44
+    assert texts_ND[1:] == pytest.approx(embed_texts(FakeEncoder(), [texts[0] for texts in asked]))
+
+
 @pytest.mark.parametrize(("table", "head"), [("labels", "relevance"), ("policies", "policy")])
 def test_a_head_without_labels_is_left_out(cache: LabelledCache, tmp_path: Path, table: str, head: str) -> None:
     cache.connection.execute(f"delete from {table}")
@@ -315,8 +370,8 @@ def early(cache: LabelledCache, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
             raise DecodeError("clip5.mp4: it is gone")
         return None, cache.frames[clip_id]
 
-    monkeypatch.setattr(router_features, "EarlyLayers", Layers)
-    monkeypatch.setattr(router_features, "source_of", source_of)
+    monkeypatch.setattr(router_feature_makers, "EarlyLayers", Layers)
+    monkeypatch.setattr(router_feature_makers, "source_of", source_of)
     cache.connection.execute("delete from labels where frame = 99")
     return {"features": None, "early_layers": {"weights": "model"}}
 
@@ -330,6 +385,16 @@ def test_early_layers_see_frames_again_and_those_that_are_gone_are_named(early: 
     assert (about.features, about.of, about.layers, about.relevance_dim, about.policy_dim) == ("early", "abc", 4, 9, 9)
 
 
+def test_early_layers_see_a_frame_with_its_query_once_whoever_labels_it(
+    early: dict[str, Any], cache: LabelledCache, tmp_path: Path
+) -> None:
+    cache.connection.execute("insert into labels by name select * replace ('other' as source) from labels")
+    said = train(tmp_path / "out", **early)
+    assert said.of("failed") == [{"clip": "clip5", "frames": 30, "reason": "clip5.mp4: it is gone"}]
+    features = tmp_path / "out" / "features"
+    assert [len(np.load(features / f"{name}.npy")) for name in ("pairs", "relevance")] == [360, 660]
+
+
 def test_early_features_of_a_killed_run_are_kept(
     early: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,8 +402,10 @@ def test_early_features_of_a_killed_run_are_kept(
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "out", Said(5), **early)
     assert len(list((tmp_path / "out").glob("features/chunks/*.npy"))) == 2
-    decoded, source_of = [], router_features.source_of
-    monkeypatch.setattr(router_features, "source_of", lambda c, clip: (decoded.append(clip), source_of(c, clip))[1])
+    decoded, source_of = [], router_feature_makers.source_of
+    monkeypatch.setattr(
+        router_feature_makers, "source_of", lambda c, clip: (decoded.append(clip), source_of(c, clip))[1]
+    )
     train(tmp_path / "out", **early)
     assert len(decoded) == VIDEOS - 2 * 100 // (3 * FRAMES)
     assert kept(tmp_path / "out") == kept(tmp_path / "undisturbed")
@@ -359,7 +426,7 @@ def test_a_router_learns_from_a_cache_and_its_sources(
     opened = open_cache(str(tmp_path / "cache"))
     labels = [json.dumps({"video": str(one), "query": "red", "times_s": [0.0]}) for one in videos]
     assert import_frame_labels(opened, labels, "labels.jsonl", "hand").num_labels > 4
-    monkeypatch.setattr(router_features, "EarlyLayers", Layers)
+    monkeypatch.setattr(router_feature_makers, "EarlyLayers", Layers)
     for name, keys in {"pair": {}, "early": {"features": None, "early_layers": {"weights": "model"}}}.items():
         said = train(tmp_path / name, cache=str(tmp_path / "cache"), training={"relevance_epochs": 1}, **keys)
         assert said.of("training")[0]["by"] == "video"
@@ -439,8 +506,12 @@ def test_a_folder_of_something_else_is_refused(cache: LabelledCache, tmp_path: P
 
 def test_a_checkpoint_without_its_features_is_refused(cache: LabelledCache, tmp_path: Path) -> None:
     train(tmp_path / "out")
-    (tmp_path / "out" / "features" / "relevance.npy").write_bytes(b"torn")
-    with pytest.raises(CacheError, match=r"relevance\.npy: damaged \(.*\): remove .*about\.json and checkpoint\.pt"):
+    frames = tmp_path / "out" / "features" / "frames.npy"
+    np.save(frames, np.load(frames)[:-1])
+    with pytest.raises(CacheError, match=r"relevance\.npy: damaged \(shapes .*'texts'. .119, 45.\): remove .*about"):
+        train(tmp_path / "out")
+    frames.write_bytes(b"torn")
+    with pytest.raises(CacheError, match=r"frames\.npy: damaged \(.*\): remove .*about\.json and checkpoint\.pt"):
         train(tmp_path / "out")
     (tmp_path / "out" / "features" / "about.json").unlink()
     cache.connection.execute("update labels set label = 1 - label")
@@ -452,7 +523,7 @@ def test_a_loss_that_is_no_number_ends_the_training_and_says_what_to_change(
     cache: LabelledCache, tmp_path: Path
 ) -> None:
     train(tmp_path / "out")
-    path = tmp_path / "out" / "features" / "relevance.npy"
+    path = tmp_path / "out" / "features" / "frames.npy"
     np.save(path, np.full_like(np.load(path), np.nan))
     (tmp_path / "out" / "checkpoint.pt").unlink()
     with pytest.raises(TokenizerError, match=r"relevance head, step 0: the loss is nan: give a smaller"):

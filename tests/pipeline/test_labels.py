@@ -15,6 +15,7 @@ from tokenmill.pipeline.appended import read_table
 from tokenmill.pipeline.labels import (
     LABELS,
     POLICIES,
+    add_policies,
     export_frame_labels,
     export_policies,
     import_frame_labels,
@@ -266,6 +267,15 @@ def test_a_bad_policy_is_named_and_the_others_are_kept(cache: FewFrames, change:
     imported = import_policies(cache, lines(bad, {"query": "good", "policy": "global"}), "p.jsonl", "people")
     assert (imported.num_labels, len(imported.problems)) == (1, 1)
     assert said in imported.problems[0]
+
+
+def test_policies_are_added_once(cache: FewFrames) -> None:
+    row = {"query_id": "q", "source": "router", "video_id": None, "policy": "global", "p_fragment": 0.25}
+    assert add_policies(cache.folder, [row, row | {"policy": "fragment"}]) == 1
+    rows = [row | {"p_fragment": 0.5}, row | {"video_id": CAR}, row | {"source": "another"}, row | {"query_id": "r"}]
+    assert add_policies(cache.folder, rows) == 3
+    assert add_policies(cache.folder, rows) == add_policies(cache.folder, []) == 0
+    assert read_table(cache.folder, POLICIES, POLICY_SCHEMA).to_pylist() == [row, *rows[1:]]
 
 
 def test_a_video_whose_uri_names_another_too_is_exported_by_its_id(cache: FewFrames) -> None:

@@ -6,9 +6,9 @@ from tokenmill.schemas.errors import RecipeError
 from tokenmill.schemas.queries import query_id_of, read_queries
 
 
-def test_an_id_is_decided_by_kind_and_content() -> None:
-    ids = [query_id_of("a red car"), query_id_of("a blue car"), query_id_of(example="a red car")]
-    assert ids == ["509fe8ea1cde96f1", "8ade59af81ea824d", "f49b3f7cac8ad693"]
+def test_an_id_is_decided_by_the_text() -> None:
+    ids = [query_id_of("a red car"), query_id_of("a blue car")]
+    assert ids == ["509fe8ea1cde96f1", "8ade59af81ea824d"]
     assert query_id_of("  a red car\n") == ids[0]
 
 
@@ -16,15 +16,6 @@ def test_an_id_is_decided_by_kind_and_content() -> None:
 def test_an_empty_query_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match="an empty text is no query"):
         query_id_of(text)
-    with pytest.raises(RecipeError, match="an empty example is no query"):
-        query_id_of(example=text)
-
-
-def test_a_query_is_a_text_or_an_example() -> None:
-    with pytest.raises(ValueError, match="a text or an example"):
-        query_id_of()
-    with pytest.raises(ValueError, match="a text or an example"):
-        query_id_of("a red car", "a blue car")
 
 
 def test_queries_are_read_from_objects_and_texts() -> None:
@@ -49,3 +40,11 @@ def test_queries_are_read_from_objects_and_texts() -> None:
 def test_a_line_that_is_no_query_is_named(line: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         read_queries(['"one"', "", line], "q.jsonl")
+
+
+@pytest.mark.parametrize("lines", [[], ["", "  \n"]])
+def test_a_file_without_any_query_is_refused(lines: list[str]) -> None:
+    with pytest.raises(
+        RecipeError, match=r'^q\.jsonl: no query in it; accepted: {"query": "some text"} or "some text"$'
+    ):
+        read_queries(lines, "q.jsonl")
