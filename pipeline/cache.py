@@ -350,6 +350,8 @@ class TokenCache:
             )
         return places
 
-    def answer(self, query: str, parameters: Sequence[Any] = (), **tables: pa.Table) -> pa.Table:
-        """As `sql`, of a query that may also use the Arrow `tables` given."""
-        return self._session.answer(query, parameters, **tables)
+    def answer(
+        self, query: str, parameters: Sequence[Any] = (), *, vector_D: np.ndarray | None = None, **tables: pa.Table
+    ) -> pa.Table:
+        """As `sql`, of a query that may also use the Arrow `tables` given, and views ``scored_<name>`` by a vector."""
+        return self._session.answer(query, parameters, vector_D=vector_D, **tables)

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import duckdb
 import numpy as np
@@ -49,10 +49,20 @@ NAMES_RELEVANCE = re.compile(
 SCORES, SCORERS = f"{RELEVANCE}/scores", f"{RELEVANCE}/scorers"
 
 
+@dataclass(slots=True)
+class AskedVector:
+    """The embedding (D,) that ``raw_of_<name>`` compares frames with: who asks sets it, under the session's lock."""
+
+    value_D: np.ndarray
+
+
 def create_frame_views(
-    connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], info: CacheInfo
+    connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], info: CacheInfo, asked: AskedVector
 ) -> None:
-    """``frames``, one row per candidate frame, and ``frames_<name>`` with their embeddings as FLOAT arrays."""
+    """``frames``, one row per candidate frame, and ``frames_<name>`` with their embeddings as FLOAT arrays.
+
+    ``scored_<name>`` has the cosine to the vector `asked` for in their place: a fifth faster than by embeddings.
+    """
     for product, entry in info.products.items():
         if product == FRAMES:
             source = source_of(connection, "frames", files[product], FRAME_SCHEMA)
@@ -61,17 +71,32 @@ def create_frame_views(
                 f" from (select clip_id, video_id, unnest(frames) as f from {source})"
             )
         if entry.encoder:
-            _create_embedded_view(connection, product.partition("/")[2], files[product], entry.shape[0])
+            _create_embedded_views(connection, product.partition("/")[2], files[product], entry.shape[0], asked)
     for name, encoder in encoders_of(info).items():
         if not encoder.has_embeddings:
             _create_coded_view(connection, name, files[encoder.product], encoder.spec["dim"], _layout(info, encoder))
 
 
-def _create_embedded_view(connection: duckdb.DuckDBPyConnection, name: str, uris: Sequence[str], dim: int) -> None:
-    def embedding(stored: pa.Array) -> pa.Array:
+def _create_embedded_views(
+    connection: duckdb.DuckDBPyConnection, name: str, uris: Sequence[str], dim: int, asked: AskedVector
+) -> None:
+    def of_length_1(stored: pa.Array | pa.ChunkedArray) -> torch.Tensor:
         values_ND = torch.from_numpy(bytes_of(stored).view("<f2").copy()).float().reshape(-1, dim)
-        values_ND = torch.nn.functional.normalize(values_ND, dim=1)  # float16 has made them a little longer or shorter
-        return pa.FixedSizeListArray.from_arrays(values_ND.numpy().reshape(-1), dim)
+        lengths_N1 = torch.linalg.vector_norm(values_ND, dim=1, keepdim=True)
+        return values_ND.div_(lengths_N1.clamp_min_(1e-12))  # float16 has made them a little longer or shorter
+
+    def embedding(stored: pa.Array) -> pa.Array:
+        return pa.FixedSizeListArray.from_arrays(of_length_1(stored).numpy().reshape(-1), dim)
+
+    def raw(lists: pa.Array | pa.ChunkedArray) -> pa.Array:
+        joined = lists.combine_chunks() if isinstance(lists, pa.ChunkedArray) else lists
+        raw_N = (of_length_1(joined.flatten()) @ torch.from_numpy(asked.value_D)).numpy()
+        ends = np.cumsum([0, *joined.value_lengths().to_numpy()], dtype=np.int32)
+        return pa.ListArray.from_arrays(pa.array(ends), pa.array(raw_N))
+
+    connection.create_function(
+        f"raw_of_{name}", raw, [connection.list_type(BLOB)], connection.list_type(FLOAT), type=ARROW
+    )
 
     connection.create_function(
         f"frame_embedding_of_{name}", embedding, [BLOB], connection.array_type(FLOAT, dim), type=ARROW
@@ -81,7 +106,11 @@ def _create_embedded_view(connection: duckdb.DuckDBPyConnection, name: str, uris
         create temp view frames_{name} as
         select clip_id, video_id, frame, pts_s, frame_embedding_of_{name}(stored) as embedding
         from (select clip_id, video_id, unnest(frames) as frame, unnest(pts_s) as pts_s, unnest(embeddings) as stored
-              from {source})""")
+              from {source});
+        create temp view scored_{name} as
+        select clip_id, video_id, unnest(frames) as frame, unnest(pts_s) as pts_s,
+               unnest(raw_of_{name}(embeddings)) as raw
+        from {source}""")
 
 
 def _layout(info: CacheInfo, encoder: KnownEncoder) -> tuple[tuple[int, ...], int]:

@@ -1,7 +1,7 @@
 """Scoring frames: texts and examples against the frames of a cache, in SQL, without their videos."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -137,7 +137,8 @@ def example_vector(cache: "TokenCache", name: str, example: str) -> np.ndarray:
 
 def raw_scores(cache: "TokenCache", name: str, vector_D: np.ndarray, where: str = "true") -> pa.Table:
     """video_id, clip_id, frame, pts_s and raw of every candidate frame of the clips where a condition holds."""
-    return cache.sql(f"{_scored(cache, name, where)} order by video_id, pts_s, clip_id", [vector_D.tolist()])
+    scored, parameters = _scored(cache, name, vector_D, where)
+    return cache.answer(f"{scored} order by video_id, pts_s, clip_id", parameters, vector_D=vector_D)
 
 
 def probabilities(cache: "TokenCache", name: str, vector_D: np.ndarray, where: str = "true") -> pa.Table:
@@ -184,23 +185,25 @@ def best_frames(
     cache: "TokenCache", name: str, vector_D: np.ndarray, k: int, by: Literal["frame", "clip"], where: str = "true"
 ) -> pa.Table:
     """The `k` frames of the highest raw scores, or the best frame of each of the `k` best clips, the best first."""
-    scored = _scored(cache, name, where)
+    scored, parameters = _scored(cache, name, vector_D, where)
     if by == "clip":
         scored = f"""
             select any_value(video_id) as video_id, clip_id, arg_max(frame, raw) as frame,
                    arg_max(pts_s, raw) as pts_s, max(raw) as raw from ({scored}) group by clip_id"""
-    return cache.sql(
+    return cache.answer(
         f"""select b.video_id, v.uri, b.clip_id, b.frame, b.pts_s, b.raw
             from (from ({scored}) order by raw desc, clip_id, frame limit {int(k)}) b
             left join videos v using (video_id) order by raw desc, clip_id, frame""",
-        [vector_D.tolist()],
+        parameters,
+        vector_D=vector_D,
     )
 
 
-def _scored(cache: "TokenCache", name: str, where: str) -> str:
-    """A query with one parameter, the vector that frames are compared with."""
-    dim = encoders_of(cache.info)[name].spec["dim"]
+def _scored(cache: "TokenCache", name: str, vector_D: np.ndarray, where: str) -> tuple[str, list[Any]]:
+    """A query for all candidate frames with their raw scores by a vector, and its parameters."""
+    encoder = encoders_of(cache.info)[name]
     of = "" if where == "true" else f" where clip_id in (select clip_id from {CLIPS_WITH_VIDEOS} where ({where}\n))"
-    return f"""
-        select video_id, clip_id, frame, pts_s, array_inner_product(embedding, ?::FLOAT[{dim}]) as raw
-        from frames_{name}{of}"""
+    if encoder.has_embeddings:
+        return f"select video_id, clip_id, frame, pts_s, raw from scored_{name}{of}", []
+    raw = f"array_inner_product(embedding, ?::FLOAT[{encoder.spec['dim']}])"
+    return f"select video_id, clip_id, frame, pts_s, {raw} as raw from frames_{name}{of}", [vector_D.tolist()]

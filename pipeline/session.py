@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 
 from ..schemas.cache_info import CacheInfo
 from ..schemas.errors import CacheError
 from ..schemas.snapshot import Snapshot
 from .index import connect, ensure_index, file_uris
-from .relevance_views import NAMES_RELEVANCE, create_relevance_views
+from .relevance_views import NAMES_RELEVANCE, AskedVector, create_relevance_views
 from .storage import Folder
 from .views import create_views
 
@@ -27,6 +28,7 @@ class Session:
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._sees_relevance = False
+        self._asked = AskedVector(np.zeros(1, np.float32))
 
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> pa.Table:
         """As TokenCache.sql."""
@@ -41,13 +43,18 @@ class Session:
             self.refresh()
         return self.answer(query, parameters)
 
-    def answer(self, query: str, parameters: Sequence[Any] = (), **tables: pa.Table) -> pa.Table:
-        """The answer of one query, which may also use the Arrow `tables` given; one at a time, from any thread.
+    def answer(
+        self, query: str, parameters: Sequence[Any] = (), *, vector_D: np.ndarray | None = None, **tables: pa.Table
+    ) -> pa.Table:
+        """The answer of one query, which may also use the Arrow `tables` given, and views ``scored_<name>`` by the
+        embedding `vector_D`; one at a time, from any thread.
 
         CacheError says what DuckDB has against it.
         """
         connection = self._connected()
         with self._lock:
+            if vector_D is not None:
+                self._asked.value_D = vector_D
             for name, table in tables.items():
                 connection.register(name, table)
             try:
@@ -84,7 +91,7 @@ class Session:
         try:
             connection.execute(f"attach '{quoted}' as idx (read_only); use idx")
             files = {product: file_uris(connection, self._folder, product) for product in self._info.products}
-            create_views(connection, files, self._info)
+            create_views(connection, files, self._info, self._asked)
         except duckdb.Error as error:
             reason = " ".join(str(error).partition("\n")[0].split())
             raise CacheError(

@@ -12,7 +12,7 @@ from duckdb.sqltypes import BLOB, FLOAT, INTEGER
 from ..schemas.cache_info import CacheInfo, ProductInfo
 from ..schemas.shard import EMBEDDINGS, MASKS
 from ..schemas.tables import MASK_SCHEMA, TRAJECTORY_TOKENS_SCHEMA
-from .relevance_views import create_frame_views
+from .relevance_views import AskedVector, create_frame_views
 from .sql_bytes import bytes_of, source_of
 from .store import TOKEN_ROWS_SCHEMA, embedding_layout
 from .token_file import HIGH, LEVEL, LOW, TokenLayout, from_planes
@@ -40,7 +40,9 @@ create temp macro code_statistics(name) as table
 """
 
 
-def create_views(connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], info: CacheInfo) -> None:
+def create_views(
+    connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], info: CacheInfo, asked: AskedVector
+) -> None:
     """Temporary views: tokens_<name> per product, levels_<name> where tokens are codes, and tokens over all of them;
     embeddings_<name>, masks, trajectories and video_trajectories; and the macros code_usage(name) and
     code_statistics(name).
@@ -57,7 +59,7 @@ def create_views(connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequ
         connection.execute(f"create temp view tokens as {' union all by name '.join(together)}")
     masks = {product.removeprefix(MASKS): uris for product, uris in files.items() if product.startswith(MASKS)}
     _create_mask_views(connection, masks)
-    create_frame_views(connection, files, info)
+    create_frame_views(connection, files, info, asked)
     connection.execute(CODE_MACROS)
 
 
