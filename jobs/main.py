@@ -192,7 +192,7 @@ def sql(
     max_rows: Annotated[int, typer.Option(help="Rows that a printed table shows.", min=1)] = 40,
     snapshot: PinnedAs = None,
 ) -> None:
-    """Answer a query over videos, clips, tokens_<product>, shards, failures, products and files."""
+    """Answer a query over videos, clips, tokens_<product>, frames, relevance, shards, failures, products and files."""
     from .sql import print_answer
 
     print_answer(cache, query, format, output, max_rows=max_rows, snapshot=snapshot)

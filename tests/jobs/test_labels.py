@@ -19,6 +19,7 @@ from tokenmill.schemas.errors import CacheError, RecipeError, UnclearError
 from tokenmill.schemas.tables import LABEL_SCHEMA, POLICY_SCHEMA, VERDICT_SCHEMA
 
 from ..conftest import run_ffmpeg
+from .conftest import Command
 
 
 def planted(path: Path, *spans: tuple[str, int]) -> None:
@@ -205,3 +206,22 @@ def test_candidates_are_different_frames_at_even_distances(
     is_red = candidates.frames_NHWC[:, 16, 24, 1] < 64
     assert is_red.tolist() == [False] * 12 + [True] * 12
     assert [numbers[place] for place in candidates_of(cache, video_id, 4).places] == [3, 9, 15, 21]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("make", "cache", "--judge", "http://x"), "found --model lacking: give --judge URL and --model NAME"),
+        (("make", "cache", "f", "--judge", "http://x", "--model", "m"), "found a file, --source or --kind"),
+        (
+            ("import", "cache", "f", "--judge", "http://x", "--limit", "3"),
+            "--judge, --limit found, which are of labels",
+        ),
+        (("export", "cache", "f", "--where", "false"), "--where found, which are of labels make: leave them out"),
+        (("import", "cache"), "no FILE of JSON lines was given"),
+    ],
+)
+def test_options_of_another_action_are_refused(tokenmill: Command, arguments: tuple[str, ...], message: str) -> None:
+    run = tokenmill("labels", *arguments)
+    assert run.code == 2
+    assert message in run.err

@@ -28,6 +28,9 @@ def files_in(folder: Path) -> dict[str, str]:
     }
 
 
+FRAMES = {"fps": 2, "encoders": {"seen": {"encoder": "look"}, "colours": {"encoder": "fake", "batch_size": 3}}}
+
+
 def data_in(folder: Path) -> dict[str, str]:
     """The files whose bytes must not depend on who made them: all but manifests, which name host and times."""
     return {name: digest for name, digest in files_in(folder).items() if not name.startswith("manifests/")}
@@ -70,19 +73,20 @@ def test_the_same_job_twice_changes_no_byte(tokenmill: Command, write_recipe: Wr
 def test_local_and_ray_executors_write_the_same_files(
     tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path
 ) -> None:
-    recipe = write_recipe([videos], executor={"workers": 2})
+    recipe = write_recipe([videos], executor={"workers": 2}, frames=FRAMES)
     assert tokenmill("run", recipe, "--set", f"cache={tmp_path / 'local'}").code == 0
     done = tokenmill("run", recipe, "--executor", "ray", "--set", f"cache={tmp_path / 'ray'}")
     assert done.code == 0, done.err
     local, ray = data_in(tmp_path / "local"), data_in(tmp_path / "ray")
     assert {n: d for n, d in local.items() if n != "cache.json"} == {n: d for n, d in ray.items() if n != "cache.json"}
     assert len(local) > 6
+    assert len([name for name in local if name.startswith("frames/")]) >= 3
 
 
 def test_an_interrupted_job_resumes_and_ends_with_the_same_files(
     tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path
 ) -> None:
-    recipe = write_recipe([videos])
+    recipe = write_recipe([videos], frames=FRAMES)
     tokenmill("run", recipe)
     whole = data_in(tmp_path / "cache")
     manifests = sorted((tmp_path / "cache" / "manifests").rglob("*.json"))

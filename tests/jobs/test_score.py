@@ -344,6 +344,26 @@ def test_a_query_in_words_takes_the_encoder_that_made_the_frames(recipe: str) ->
         cache.score("  ")
 
 
+@pytest.mark.s3
+def test_a_cache_in_an_object_store_is_asked_there(tmp_path: Path, s3_server: str, s3_url: str) -> None:
+    path = planted_recipe(tmp_path, {"tokens": {"fake": {"tokenizer": "fake"}}}, _first_video)
+    make(path)
+    make(path, f"cache={s3_url}")
+    for video in (tmp_path / "videos").iterdir():
+        video.unlink()
+    here, there = (library.open_cache(url) for url in (str(tmp_path / "cache"), s3_url))
+    for cache in (here, there):
+        cache.score(["blue", "red"])
+        cache.score("blue")
+    rows = "select query_id, clip_id, frame, raw, p from relevance order by all"
+    assert there.sql(rows).equals(here.sql(rows))
+    assert there.search("blue", k=5).equals(here.search("blue", k=5))
+    chosen = [cache.select("blue", 200, "fake") for cache in (here, there)]
+    assert [one.num_tokens for one in chosen] == [chosen[0].num_tokens] * 2
+    assert chosen[1].bytes_read == sum(part["size"] for row in chosen[1].plan.to_pylist() for part in row["ranges"])
+    assert all((a == b).all() for a, b in zip(chosen[0].tokens, chosen[1].tokens, strict=True))
+
+
 class Searches(Dataset):
     """Asks a cache in the process that loads."""
 
