@@ -121,9 +121,9 @@ def ask(url: str, dim: int) -> dict[str, float]:
     start_s = time.perf_counter()
     num_frames = cache.sql("select count(*) as n from (select frame from frames_random)")["n"][0].as_py()
     figures = {"open_s": time.perf_counter() - start_s}
-    figures["top100_s"] = _median_s(lambda: best_frames(cache, "random", vector_D, 100, "frame"))
+    figures["top100_s"] = _median_s(lambda: best_frames(cache, "random", vector_D, 100, by="frame"))
     figures["search_of_10000_known_queries_s"] = _median_s(lambda: cache.search("query 77", k=100))
-    figures["top100_clips_s"] = _median_s(lambda: best_frames(cache, "random", vector_D, 100, "clip"))
+    figures["top100_clips_s"] = _median_s(lambda: best_frames(cache, "random", vector_D, 100, by="clip"))
     figures["peak_memory_mb"] = _memory_mb()  # of the whole process, torch included
     one = cache.sql("select video_id from clips group by 1 order by 1 limit 1")["video_id"][0].as_py()
     where = f"video_id = '{one}'"

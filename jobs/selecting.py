@@ -56,7 +56,8 @@ def print_selection(
     if output:
         _write_tokens(selection, output)
     if png:
-        _draw(opened, selection, scored, f"{' '.join(query.split())}: {selection.policy}", budget, png)
+        title = f"{' '.join(query.split())}: {selection.policy}"
+        _draw(opened, selection, scored, png, title=title, budget=budget)
 
 
 def read_tiers(text: str | None) -> tuple[int, ...] | None:
@@ -132,7 +133,7 @@ def _write_tokens(selection: Selection, output: str) -> None:
     print(f"{output}: {len(tensors)} tensors in the order of the plan, which is in its metadata")
 
 
-def _draw(cache: TokenCache, selection: Selection, scored: pa.Table, title: str, budget: int, png: str) -> None:
+def _draw(cache: TokenCache, selection: Selection, scored: pa.Table, png: str, *, title: str, budget: int) -> None:
     clips = cache.answer(
         "select * from clips where clip_id in (select clip_id from scored) order by video_id, start_s",
         [],

@@ -299,7 +299,7 @@ class TokenCache:
             raise CacheError("what to search for: give a text, or like=CLIP_ID or CLIP_ID:FRAME")
         name = encoder_name(self, scorer, for_text=text is not None)
         vector_D = example_vector(self, name, like) if like else text_vectors(self, name, [text or ""], store=False)[0]
-        return best_frames(self, name, vector_D, k, by, where)
+        return best_frames(self, name, vector_D, k, by=by, where=where)
 
     def select(
         self,

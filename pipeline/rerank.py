@@ -67,7 +67,7 @@ def rerank(
     register_scorer(cache.folder, reranker.name, version, reranker.scorer.spec, reranker.scorer.spec.calibration)
     vectors_ND, num_added, left_out = text_vectors(cache, encoder, texts), 0, {}
     for text, query_id, vector_D in zip(texts, add_queries(cache.folder, texts), vectors_ND, strict=True):
-        best = best_frames(cache, encoder, vector_D, top, "frame", where).to_pylist()
+        best = best_frames(cache, encoder, vector_D, top, by="frame", where=where).to_pylist()
         known = known_scores(cache.folder, reranker.name, version, [query_id])
         new = [row for row in best if (query_id, row["clip_id"], row["frame"]) not in known]
         for start in range(0, len(new), FRAMES_AT_ONCE):

@@ -182,7 +182,7 @@ def scores_for(cache: "TokenCache", query: str, scorer: str | None, where: str) 
 
 
 def best_frames(
-    cache: "TokenCache", name: str, vector_D: np.ndarray, k: int, by: Literal["frame", "clip"], where: str = "true"
+    cache: "TokenCache", name: str, vector_D: np.ndarray, k: int, *, by: Literal["frame", "clip"], where: str = "true"
 ) -> pa.Table:
     """The `k` frames of the highest raw scores, or the best frame of each of the `k` best clips, the best first."""
     scored, parameters = _scored(cache, name, vector_D, where)
