@@ -97,7 +97,6 @@ def _create_embedded_views(
     connection.create_function(
         f"raw_of_{name}", raw, [connection.list_type(BLOB)], connection.list_type(FLOAT), type=ARROW
     )
-
     connection.create_function(
         f"frame_embedding_of_{name}", embedding, [BLOB], connection.array_type(FLOAT, dim), type=ARROW
     )

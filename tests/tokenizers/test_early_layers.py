@@ -332,6 +332,6 @@ def test_what_cannot_be_computed_is_refused(early: EarlyLayers, folder: str, mon
         EarlyLayers(folder, dtype="int8")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(
-        TokenizerError, match=r"needs transformers, which is not here .*pip install 'transformers>=5.23'"
+        TokenizerError, match=r"needs transformers, which is not here .*pip install 'tokenmill.transformers.'"
     ):
         EarlyLayers(folder)

@@ -284,7 +284,7 @@ def test_calibrated_cosines_are_the_models_own_probabilities(
 
 def test_specs_say_what_decides_embeddings(saved: dict[str, Path], copied: Folder) -> None:
     spec = load(saved["clip"]).spec
-    assert (spec.name, spec.dim, spec.of, spec.takes_texts) == ("transformers/clip", 12, "frame", True)
+    assert (spec.name, spec.dim, spec.takes_texts) == ("transformers/clip", 12, True)
     assert spec.calibration == STANDARDIZED
     assert spec.options["logit_scale"] == pytest.approx(1.5)
     assert json.loads(json.dumps(spec.options)) == spec.options
@@ -367,7 +367,7 @@ def test_what_an_encoder_does_not_take_is_refused(
     with pytest.raises(TokenizerError, match=r"not a folder with .json and .safetensors"):
         load(tmp_path)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(TokenizerError, match=r"transformers is not here .*pip install 'tokenmill\[sam2\]'"):
+    with pytest.raises(TokenizerError, match=r"transformers is not here .*pip install 'tokenmill\[transformers\]'"):
         load(saved["siglip"])
 
 

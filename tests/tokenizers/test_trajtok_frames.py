@@ -105,7 +105,7 @@ def test_without_a_vocabulary_frames_alone_are_compared(load: Load) -> None:
 
 def test_specs_say_what_decides_embeddings(load: Load, vocab: str, model: SegmentClip, tmp_path: Path) -> None:
     spec = load(vocab=vocab).spec
-    assert (spec.name, spec.of) == ("trajtok/trajvit2", "frame")
+    assert spec.name == "trajtok/trajvit2"
     assert spec.options == {
         "grid": 14, "vit_heads": 4, "mask_mode": "official_sdpa", "add_mean_traj": False, "attend_other_latents": False,
         "vocab_sha256": TextTokenizer(vocab).sha256,
