@@ -6,7 +6,6 @@ space, and levels are on the latents' grid, or each on the grid of its features.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,15 @@ from .pyratok_levels import Grid, PyramidLevel, Strides, pooled
 from .pyratok_quantizer import ID_TYPES, MOST_BITS, LatentStatistics, LevelIds, ids_of, signs_of
 from .pyratok_text import EmbeddedText, WordEmbedding
 from .pyratok_vae import Encoded, EncoderStream, VaeSizes, WanVae
-from .weights import WeightsFile, check_tensors, fetch_weights, load_tensors, read_tensors
+from .weights import (
+    WeightsFile,
+    check_tensors,
+    description_of,
+    fetch_weights,
+    load_tensors,
+    read_tensors,
+    save_described,
+)
 
 METADATA_KEY, MODE = "tokenmill.pyratok", "pyramid"
 
@@ -263,8 +270,6 @@ def build_pyramid(sizes: VaeSizes, pyramid: PyramidSizes, statistics: LatentStat
 
 def save_pyramid(model: Pyramid, path: str, extra: Mapping[str, str] | None = None) -> None:
     """Write a .safetensors file, whose metadata say all sizes; the same model and `extra` give the same bytes."""
-    from safetensors.torch import save_file
-
     said = {
         "mode": MODE,
         "vae": dataclasses.asdict(model.sizes),
@@ -272,9 +277,7 @@ def save_pyramid(model: Pyramid, path: str, extra: Mapping[str, str] | None = No
         "statistics": None if model.statistics is None else dataclasses.asdict(model.statistics),
         "extra": dict(extra or {}),
     }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    # One entry alone: safetensors writes several in any order.
-    save_file(tensors, path, metadata={METADATA_KEY: json.dumps(said, sort_keys=True)})
+    save_described(path, model.state_dict(), METADATA_KEY, said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -324,18 +327,9 @@ class PyramidFile:
 
 
 def _metadata(file: WeightsFile) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file.path, framework="pt") as opened:
-            said = json.loads((opened.metadata() or {})[METADATA_KEY])
-    except (KeyError, ValueError, OSError, SafetensorError) as error:
-        raise TokenizerError(
-            f"weights {file.uri}: they are not those of a PyraTok pyramid, a .safetensors file with {METADATA_KEY} in"
-            f" its metadata ({type(error).__name__}: {error}): give the file that training wrote; published weights are"
-            f" for pyratok/release"
-        ) from None
-    if not isinstance(said, dict) or said.get("mode") != MODE:
+    remedy = "give the file that training wrote; published weights are for pyratok/release"
+    said = description_of(file, METADATA_KEY, "a PyraTok pyramid", remedy)
+    if said.get("mode") != MODE:
         raise TokenizerError(
             f"weights {file.uri}: their metadata describe no {MODE}: give the file that training of a pyramid wrote"
         )

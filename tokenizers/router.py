@@ -6,17 +6,24 @@ bi-encoder, or the early layers of a vision-language model. The paper leaves the
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..schemas.errors import TokenizerError
-from .weights import WeightsFile, check_tensors, fetch_weights, load_tensors, read_tensors
+from .weights import (
+    WeightsFile,
+    check_tensors,
+    description_of,
+    fetch_weights,
+    load_tensors,
+    read_tensors,
+    save_described,
+)
 
 METADATA_KEY = "tokenmill.router"
 HIDDEN = 256
@@ -119,17 +126,12 @@ def save_router(
     """Write a .safetensors file, whose metadata say what the heads take; the same router and `extra` give the same
     bytes. ValueError for heads that are not as `about` says.
     """
-    from safetensors.torch import save_file
-
     found = RouterHeads(relevance, policy).state_dict()
     with torch.device("meta"):
         wanted = _heads_of(about).state_dict()
     if _shapes(found) != _shapes(wanted):
         raise ValueError(f"heads with the tensors {_shapes(wanted)} are wanted: {_shapes(found)}, {about=}")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in found.items()}
-    said = {"about": dataclasses.asdict(about), "extra": dict(extra or {})}
-    # One entry alone: safetensors writes several in any order.
-    save_file(tensors, path, metadata={METADATA_KEY: json.dumps(said, sort_keys=True)})
+    save_described(path, found, METADATA_KEY, {"about": dataclasses.asdict(about), "extra": dict(extra or {})})
 
 
 def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -149,7 +151,7 @@ class RouterFile:
     def read(uri: str) -> "RouterFile":
         """The file at a path or URL; TokenizerError unless it is one of a router and every tensor fits."""
         file = fetch_weights(uri)
-        said = _metadata(file)
+        said = description_of(file, METADATA_KEY, "a router", "give the file that training of a router wrote")
         try:
             about = RouterAbout(**said["about"])
             with torch.device("meta"):
@@ -187,19 +189,3 @@ class RouterFile:
             f"weights {self.file.uri}: this router has no {head}, only one for {has}: give a router that was trained"
             f" with it"
         )
-
-
-def _metadata(file: WeightsFile) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file.path, framework="pt") as opened:
-            said = json.loads((opened.metadata() or {})[METADATA_KEY])
-        if not isinstance(said, dict):
-            raise ValueError("no object")
-    except (KeyError, ValueError, OSError, SafetensorError) as error:
-        raise TokenizerError(
-            f"weights {file.uri}: they are not those of a router, a .safetensors file with {METADATA_KEY} in its"
-            f" metadata ({type(error).__name__}: {error}): give the file that training of a router wrote"
-        ) from None
-    return said

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import tempfile
 import zipfile
@@ -165,6 +166,32 @@ def check_tensors(
             f"weights {weights.uri}: they are not those of {of}: of {len(wanted)} tensors {', '.join(said)}:"
             f" name the variant that the file holds"
         )
+
+
+def save_described(path: str, tensors: Mapping[str, torch.Tensor], key: str, said: Mapping[str, Any]) -> None:
+    """Write a .safetensors file with what is `said` of the tensors in its metadata; the same gives the same bytes."""
+    from safetensors.torch import save_file
+
+    stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    # One entry alone: safetensors writes several in any order.
+    save_file(stored, path, metadata={key: json.dumps(said, sort_keys=True)})
+
+
+def description_of(file: WeightsFile, key: str, of: str, remedy: str) -> dict[str, Any]:
+    """What `save_described` was told of the tensors in a file; TokenizerError where that was nothing."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file.path, framework="pt") as opened:
+            said = json.loads((opened.metadata() or {})[key])
+        if not isinstance(said, dict):
+            raise ValueError("no object")
+    except (KeyError, ValueError, OSError, SafetensorError) as error:
+        raise TokenizerError(
+            f"weights {file.uri}: they are not those of {of}, a .safetensors file with {key} in its metadata"
+            f" ({type(error).__name__}: {error}): {remedy}"
+        ) from None
+    return said
 
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
