@@ -207,6 +207,7 @@ def test_a_killed_job_ends_with_the_same_bytes(
     assert len(whole) == 14
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_codes_are_the_same_by_any_worker_and_batch(
     tokenmill: Command, write_recipe: WriteRecipe, weights: Callable[[str], str], footage: Path, tmp_path: Path

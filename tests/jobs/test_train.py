@@ -153,7 +153,9 @@ def start() -> Iterator[Callable[[str], "subprocess.Popen[str]"]]:
         job.communicate()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("number", "code"), [pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow), (signal.SIGKILL, -signal.SIGKILL)]
+)
 def test_a_training_that_was_ended_on_its_way_resumes_to_the_same_bytes(
     undisturbed: Path,
     tokenmill: Command,

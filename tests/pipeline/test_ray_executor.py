@@ -145,6 +145,7 @@ def test_a_worker_that_grows_is_replaced_after_its_shard(
     assert not [report for report in reports if isinstance(report, WorkerLost)]
 
 
+@pytest.mark.slow
 def test_nodes_join_and_leave_while_the_job_runs(recipe: Callable[..., Recipe]) -> None:
     from ray.cluster_utils import Cluster
 
