@@ -12,6 +12,7 @@ from duckdb.sqltypes import BLOB, FLOAT, INTEGER
 from ..schemas.cache_info import CacheInfo, ProductInfo
 from ..schemas.shard import EMBEDDINGS, MASKS
 from ..schemas.tables import MASK_SCHEMA, TRAJECTORY_TOKENS_SCHEMA
+from .code_statistics import create_code_macros
 from .relevance_views import AskedVector, create_frame_views
 from .sql_bytes import bytes_of, source_of
 from .store import TOKEN_ROWS_SCHEMA, embedding_layout
@@ -19,25 +20,6 @@ from .token_file import HIGH, LEVEL, LOW, TokenLayout, from_planes
 
 # Clips and what a condition on them may also name.
 CLIPS_WITH_VIDEOS = """(select c.*, v.uri, v.caption, v.metadata from clips c left join videos v using (video_id))"""
-
-
-# How often codes are used, from `levels_<name>`. Entropy is in bits for a token; utilisation is the share of the
-# codebook that is used at all; perplexity is how many codes used alike would have this entropy.
-CODE_MACROS = """
-create temp macro code_usage(name) as table
-    select level, code, count(*) as uses
-    from (select level, unnest(codes) as code from query_table('levels_' || name))
-    group by level, code order by level, code;
-create temp macro code_statistics(name) as table
-    select level, sum(uses)::bigint as num_tokens, count(*) as num_codes,
-           count(*) / any_value(p.codebook_size) as utilisation,
-           log2(sum(uses)) - sum(uses * log2(uses)) / sum(uses) as entropy_bits,
-           2 ** (log2(sum(uses)) - sum(uses * log2(uses)) / sum(uses)) as perplexity
-    from (select level, code, count(*) as uses
-          from (select level, unnest(codes) as code from query_table('levels_' || name)) group by level, code) u
-    join products p on p.product = 'tokens/' || name
-    group by level order by level;
-"""
 
 
 def create_views(
@@ -60,7 +42,7 @@ def create_views(
     masks = {product.removeprefix(MASKS): uris for product, uris in files.items() if product.startswith(MASKS)}
     _create_mask_views(connection, masks)
     create_frame_views(connection, files, info, asked)
-    connection.execute(CODE_MACROS)
+    create_code_macros(connection)
 
 
 def _create_token_view(
