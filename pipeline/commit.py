@@ -5,8 +5,21 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from ..schemas.shard import CLIPS, EMBEDDINGS, FRAMES, MASKS, WEBDATASET, ShardManifest, ShardReceipt, ShardTask
+from ..schemas.shard import (
+    CLIPS,
+    EMBEDDINGS,
+    FRAMES,
+    MASKS,
+    WEBDATASET,
+    FileEntry,
+    ShardManifest,
+    ShardReceipt,
+    ShardTask,
+    holds_values,
+)
+from .row_groups import rest_digest
 from .shard_tar import write_shard_tar
 from .storage import Folder, storage_errors
 from .store import (
@@ -54,7 +67,7 @@ def publish_shard(
             with storage_errors(staging):
                 is_any = bool(rows.sorted_clips(product))
                 written = _write_product(staging, product, task, worker, rows) if is_any else {}
-            files = tuple(worker.folder.publish(path, prefix, num_rows) for path, num_rows in written.items())
+            files = tuple(_publish(worker.folder, path, prefix, num_rows) for path, num_rows in written.items())
             yield ShardManifest(
                 shard_id=task.plan.shard_id,
                 product=product,
@@ -66,6 +79,11 @@ def publish_shard(
                 timings_s={**timings_s, "write": round(time.perf_counter() - start_s, 3)},
                 batch_splits=rows.num_splits(product),
             )
+
+
+def _publish(folder: Folder, path: str, prefix: str, num_rows: int) -> FileEntry:
+    rest_sha256 = rest_digest(path) if holds_values(prefix) else None
+    return replace(folder.publish(path, prefix, num_rows), rest_sha256=rest_sha256)
 
 
 def _write_product(staging: str, product: str, task: ShardTask, worker: Worker, rows: ShardRows) -> dict[str, int]:

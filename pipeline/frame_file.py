@@ -1,6 +1,8 @@
 """Files of candidate frames: one row per clip, and embeddings so that they can be scanned at the speed of the disk."""
 
+import itertools
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import pyarrow.parquet as pq
 from ..schemas.errors import CacheError
 from ..schemas.tables import EMBEDDED_FRAMES_SCHEMA, FRAME_SCHEMA, with_format
 from .frames import EmbeddedFrames
+from .token_file import CHECKSUMS
 
 EMBEDDINGS_COLUMN = "embeddings"
 ENCODER = "tokenmill.encoder"
@@ -46,10 +49,16 @@ def write_embedded_frames(
         schema=EMBEDDED_FRAMES_SCHEMA,
     )
     values_KD = np.ascontiguousarray(np.concatenate([one.embeddings_KD for one in embedded]))
-    schema = with_format(embedded_schema(dim), **footer, **{ENCODER: json.dumps(spec, sort_keys=True)})
-    ends_N = np.cumsum([len(one.frames) for one in embedded])
+    ends_N = np.append(0, np.cumsum([len(one.frames) for one in embedded]))
+    group = max(1, ROW_GROUP_BYTES * len(embedded) // max(1, values_KD.nbytes))
+    bounds = [*ends_N[:-1:group], ends_N[-1]]
+    checksums = [zlib.crc32(values_KD[first:last].data) for first, last in itertools.pairwise(bounds)]
+    footer = {**footer, ENCODER: json.dumps(spec, sort_keys=True)}
+    schema = with_format(
+        embedded_schema(dim), **footer, **{CHECKSUMS.decode(): json.dumps({EMBEDDINGS_COLUMN: checksums})}
+    )
     lists = pa.ListArray.from_arrays(
-        pa.array(np.append(0, ends_N), pa.int32()),
+        pa.array(ends_N, pa.int32()),
         pa.Array.from_buffers(pa.binary(2 * dim), len(values_KD), [None, pa.py_buffer(values_KD)]),
         type=schema.field(EMBEDDINGS_COLUMN).type,
     )
@@ -57,7 +66,7 @@ def write_embedded_frames(
     pq.write_table(
         table,
         path,
-        row_group_size=max(1, ROW_GROUP_BYTES * len(embedded) // max(1, values_KD.nbytes)),
+        row_group_size=group,
         compression={name: "zstd" for name in small.column_names} | {EMBEDDINGS_COLUMN: "none"},  # pyright: ignore[reportArgumentType]
         use_dictionary=False,
         write_statistics=["clip_id", "video_id"],  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,8 @@ Every snapshot has one of its own beside that of what is committed now.
 import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,17 @@ import pyarrow as pa
 from ..schemas.cache_info import CACHE_INFO, PRODUCTS
 from ..schemas.digest import digest_of
 from ..schemas.errors import StorageError
-from ..schemas.shard import CLIPS
+from ..schemas.shard import CLIPS, ShardManifest, holds_values
 from ..schemas.snapshot import Snapshot
 from ..schemas.tables import CLIP_SCHEMA, PLAN_SCHEMA, VIDEO_SCHEMA
 from .account import accounts_of
+from .byte_ranges import opened
 from .index_rows import (
     FAILURE_SCHEMA,
     FILE_SCHEMA,
     PLAN_SHARD_SCHEMA,
     PRODUCT_SCHEMA,
+    ROW_GROUP_SCHEMA,
     SHARD_SCHEMA,
     failed_rows,
     file_rows,
@@ -31,13 +35,14 @@ from .index_rows import (
     product_row,
     shard_row,
 )
-from .manifests import MANIFESTS, is_manifest
+from .manifests import MANIFESTS, READ_THREADS, is_manifest
 from .plan_file import Plan, plan_names
+from .row_groups import read_row_groups
 from .snapshots import CacheState, state_at
 from .storage import Folder, storage_errors
 
 INDEX = "index"
-INDEX_REVISION = 4  # rises with every change of the tables: an index of another one is built anew
+INDEX_REVISION = 5  # rises with every change of the tables: an index of another one is built anew
 FILENAME = pa.field("filename", pa.string())
 
 
@@ -122,8 +127,21 @@ def _fill(connection: duckdb.DuckDBPyConnection, folder: Folder, state: CacheSta
     accounts = accounts_of(state.plans, state.manifests, state.info.fingerprints)
     _insert(connection, "failed_clips", FAILURE_SCHEMA, [row for account in accounts for row in failed_rows(account)])
     _insert(connection, "plan_shards", PLAN_SHARD_SCHEMA, [row for plan in state.plans for row in plan_rows(plan)])
+    _insert(connection, "row_groups", ROW_GROUP_SCHEMA, _row_groups(folder, state.manifests))
     _add_plans(connection, folder, state.plans)
     _add_rows(connection, folder)
+
+
+def _row_groups(folder: Folder, manifests: Sequence[ShardManifest]) -> list[dict]:
+    """Where tokens lie in every file that holds any (ROW_GROUP_SCHEMA), from the files' footers."""
+    names = [file.name for manifest in manifests if holds_values(manifest.product) for file in manifest.files]
+
+    def rows_of(name: str) -> list[dict]:
+        with opened(folder, name, read_row_groups) as groups:
+            return [{"name": name, **asdict(group)} for group in groups]
+
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="footers") as pool:
+        return [row for rows in pool.map(rows_of, names) for row in rows]
 
 
 def _insert(connection: duckdb.DuckDBPyConnection, name: str, schema: pa.Schema, rows: list[dict]) -> None:

@@ -18,6 +18,19 @@ FILE_SCHEMA = pa.schema(
         pa.field("size_bytes", pa.int64()),
         pa.field("sha256", pa.string()),
         pa.field("num_rows", pa.int64()),
+        pa.field("rest_sha256", pa.string()),
+    ]
+)
+ROW_GROUP_SCHEMA = pa.schema(
+    [
+        pa.field("name", pa.string()),
+        pa.field("row_group", pa.int32()),
+        pa.field("column", pa.string()),
+        pa.field("num_rows", pa.int64()),
+        pa.field("num_values", pa.int64()),
+        pa.field("offset", pa.int64()),
+        pa.field("size_bytes", pa.int64()),
+        pa.field("crc32", pa.int64()),
     ]
 )
 SHARD_SCHEMA = pa.schema(
@@ -118,6 +131,7 @@ def file_rows(manifest: ShardManifest) -> list[dict]:
             "size_bytes": file.size_bytes,
             "sha256": file.sha256,
             "num_rows": file.num_rows,
+            "rest_sha256": file.rest_sha256,
         }
         for file in manifest.files
     ]

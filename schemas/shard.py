@@ -32,6 +32,11 @@ def frames_product(name: str) -> str:
     return f"{FRAMES}/{name}"
 
 
+def holds_values(product: str) -> bool:
+    """Whether the files of a product hold tokens or embeddings, which can be memory-mapped."""
+    return product.startswith((TOKENS, EMBEDDINGS, f"{FRAMES}/"))
+
+
 def is_of_frames(product: str) -> bool:
     """Whether a product is of candidate frames: themselves, or their embeddings."""
     return product == FRAMES or product.startswith(f"{FRAMES}/")
@@ -51,12 +56,16 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """One published file: its name inside the cache, and what its bytes must be."""
+    """One published file: its name inside the cache, and what its bytes must be.
+
+    `rest_sha256` is of all its bytes but the tokens, which have checksums of their own; None for files without tokens.
+    """
 
     name: str
     size_bytes: int
     sha256: str
     num_rows: int
+    rest_sha256: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
