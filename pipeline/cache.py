@@ -28,6 +28,7 @@ from .trajectory_file import TrajectoryFile
 from .views import CLIPS_WITH_VIDEOS
 
 if TYPE_CHECKING:
+    from .loader import TokenLoader
     from .selection import Selection
 
 LoadEncoder = Callable[[KnownEncoder], FrameEncoder]  # what made embeddings
@@ -246,11 +247,11 @@ class TokenCache:
         tokens = torch.from_numpy(from_planes(planes, layout))
         return tokens.view(torch.bfloat16) if layout.dtype == "bfloat16" else tokens
 
-    def loader(self, product: str, batch_size: int, *, where: str = "true", levels: int | None = None) -> Any:
-        """A TokenLoader over this cache, of the first `levels` alone where these are given."""
+    def loader(self, products: str | Sequence[str], batch_size: int | None = None, **settings: Any) -> "TokenLoader":
+        """Batches of one or several products for a trainer; `settings` are those of TokenLoader."""
         from .loader import TokenLoader
 
-        return TokenLoader(self, product, batch_size, where=where, levels=levels)
+        return TokenLoader(self, products, batch_size, **settings)
 
     def encoder(self, name: str) -> FrameEncoder:
         """The encoder called `name` itself, with its texts; CacheError where another one is here."""

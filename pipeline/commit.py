@@ -67,7 +67,7 @@ def publish_shard(
             with storage_errors(staging):
                 is_any = bool(rows.sorted_clips(product))
                 written = _write_product(staging, product, task, worker, rows) if is_any else {}
-            files = tuple(_publish(worker.folder, path, prefix, num_rows) for path, num_rows in written.items())
+            files = tuple(publish_file(worker.folder, path, prefix, num_rows) for path, num_rows in written.items())
             yield ShardManifest(
                 shard_id=task.plan.shard_id,
                 product=product,
@@ -81,7 +81,8 @@ def publish_shard(
             )
 
 
-def _publish(folder: Folder, path: str, prefix: str, num_rows: int) -> FileEntry:
+def publish_file(folder: Folder, path: str, prefix: str, num_rows: int) -> FileEntry:
+    """Publish a finished local file of a product as ``<prefix>-<digest>.parquet``."""
     rest_sha256 = rest_digest(path) if holds_values(prefix) else None
     return replace(folder.publish(path, prefix, num_rows), rest_sha256=rest_sha256)
 

@@ -1,55 +1,376 @@
 """Feeding a training loop from a cache."""
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..schemas.digest import digest_of
+from ..schemas.errors import CacheError
 from .cache import TokenCache
-from .views import CLIPS_WITH_VIDEOS
+from .clip_list import list_clips
+from .clip_order import ClipOrder, Shuffle
+from .clip_reader import ClipReader, Values, joined
+from .local_cache import LocalCache
+from .step_plan import BudgetPlan, CountPlan, Tail
+from .stored_product import StoredProduct, stored_product
+
+Batch = dict[str, Any]
+
+BLOCK_BYTES = 16 << 20  # that are read at once
+MOST_BLOCK_STEPS = 256
+BLOCKS_AHEAD = 2
+STATE_VERSION = 1
+ACCEPTED = {
+    "shuffle": ("none", "window", "global"),
+    "tail": ("keep", "drop", "wrap"),
+    "on_damage": ("raise", "skip"),
+}
 
 
-class TokenLoader(IterableDataset[dict[str, Any]]):
-    """Batches of one product, in the order of the cache's files.
+@dataclass(slots=True)
+class _Block:
+    """The batches of some steps, and where a plan by budget finds them again."""
 
-    Each is a dict: ``clip_id`` (list of str), ``tokens`` (codes int32 (B,t,h,w) or latents (B,t,h,w,d)) and
-    ``num_valid`` (B,) int64, the real frames of each clip. The last batch may be smaller. It can be iterated as it
-    is, or given to ``DataLoader(loader, batch_size=None)``, whose workers then take every n-th batch. Codes that come
-    in levels are as TokenCache.read gives them, with `levels` those of the first few alone.
+    batches: list[Batch]
+    hint: tuple[int, int]
+    num_damaged: int
+
+
+class TokenLoader(IterableDataset[Batch]):
+    """Batches of one or several products of a cache, in one process or any number of ranks and workers.
+
+    Each batch is a dict: ``clip_id`` (list of str), ``num_valid`` (B,) int64, the real frames of each clip, every
+    product under the name by which it was asked for, and `columns`. Codes are (B,t,h,w) uint16 (int32 for codebooks of
+    more than 65,536; cast on the device: ``.to(device).long()``), latents (B,t,h,w,d) and embeddings in the type in
+    which they are stored, trajectories and embeddings of frames `Packed`, masks (B,T,H,W) uint8.
+
+    A global batch is `batch_size` clips, or with `token_budget` so many packs of whole clips with at most that many
+    tokens of the first product; by default one pack for each rank. It depends on the data, `seed`, epoch and step
+    alone: rank r of w takes its clips (packs) r, r + w, ..., so that w divides `batch_size`. `rank` and `world_size`
+    are those of torch.distributed where it is initialized, unless given. `tail` says what becomes of the last clips of
+    an epoch: ``keep`` a smaller batch, ``drop`` them, or ``wrap`` around to the first ones.
+
+    ``for batch in loader`` is an epoch, the next one the next epoch; in worker processes of a DataLoader
+    (``DataLoader(loader, batch_size=None, num_workers=n)``) `set_epoch` says which, as for a DistributedSampler.
+    `state_dict` are a few numbers with which `load_state_dict` goes on after the last batch that was given, on any
+    number of ranks. CacheError where damaged tokens are met, unless `on_damage` is ``skip``: their clips are missing
+    from batches, and counted in `num_skipped`.
     """
 
     def __init__(
-        self, cache: TokenCache, product: str, batch_size: int, *, where: str = "true", levels: int | None = None
+        self,
+        cache: TokenCache | Mapping[TokenCache, float],
+        products: str | Sequence[str],
+        batch_size: int | None = None,
+        *,
+        where: str = "true",
+        columns: Sequence[str] | Mapping[str, str] = (),
+        levels: int | None = None,
+        token_budget: int | None = None,
+        shuffle: Shuffle = "window",
+        window: int = 8192,
+        seed: int = 0,
+        tail: Tail = "keep",
+        rank: int | None = None,
+        world_size: int | None = None,
+        pin_memory: bool = False,
+        on_damage: Literal["raise", "skip"] = "raise",
+        verify: bool = True,
+        local: LocalCache | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be 1 or more, found {batch_size}")
-        self._cache = cache
-        self._product = cache.grid_product(product)
-        self._batch_size = batch_size
-        self._levels = levels
-        if levels is not None:
-            cache.level_grids(self._product, levels)  # refuses what is not there
-        places = cache.sql(
-            f"""select l.name, l.row_in_file, c.clip_id, c.num_valid::bigint as num_valid
-                from (from {CLIPS_WITH_VIDEOS} where {where}) c join locations l on c.clip_id::uuid = l.clip_id
-                where l.product = ? order by l.name, l.row_in_file""",
-            [self._product],
+        weights = dict(cache) if isinstance(cache, Mapping) else {cache: 1.0}
+        names = [products] if isinstance(products, str) else list(products)
+        self.rank, self.world_size = _place(rank, world_size)
+        self._token_budget = token_budget
+        self._batch_size = batch_size or (self.world_size if token_budget else 0)
+        self._check(names, weights, window, shuffle=shuffle, tail=tail, on_damage=on_damage)
+        expressions = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
+        taken = {"clip_id", "num_valid", "source", *names} & set(expressions)
+        if taken:
+            raise CacheError(f"columns: {', '.join(sorted(taken))} would be twice in a batch: give them other names")
+        local = local or LocalCache()
+        self._columns, self._pin, self._skip = list(expressions), pin_memory, on_damage == "skip"
+        self._readers: list[ClipReader] = []
+        for one in weights:
+            stored = {name: stored_product(one, name) for name in names}
+            clips = list_clips(one, list(stored.values()), where, expressions)
+            self._readers.append(ClipReader(one.folder, clips, stored, local, levels=levels, verify=verify))
+        self._first = self._readers[0].product(names[0])
+        self._refuse_other_layouts(names)
+        self._order = ClipOrder(
+            sizes=tuple(reader.clips.num_clips for reader in self._readers),
+            weights=tuple(weights.values()),
+            seed=seed,
+            shuffle=shuffle,
+            window=window,
+            run=_clips_per_run(self._readers[0], self._first),
         )
-        self._places = places
+        self._tail: Tail = tail
+        self._plan = self._new_plan()
+        self._identity = {
+            "version": STATE_VERSION,
+            "data": digest_of([reader.clips.digest for reader in self._readers]),
+            "order": digest_of([names, self._order.weights, shuffle, window, tail]),
+            "seed": seed,
+            "batch_size": self._batch_size,
+            "token_budget": token_budget,
+        }
+        # Epoch and clips skipped, in memory that worker processes share.
+        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        self._own_epoch: int | None = None  # of a worker that was given a state of its own
+        self._start, self._step, self._hint = 0, 0, (0, 0)
+
+    def _check(self, names: list[str], weights: Mapping[TokenCache, float], window: int, **choices: str) -> None:
+        """ValueError where settings cannot be."""
+        for name, value in choices.items():
+            if value not in ACCEPTED[name]:
+                raise ValueError(f"{name}={value!r}: accepted are {', '.join(ACCEPTED[name])}")
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"products: one or more different names are accepted, found {names}")
+        if not weights or min(weights.values()) <= 0:
+            raise ValueError(f"weights of caches must be above 0, found {list(weights.values())}")
+        if self._batch_size < 1 or (self._token_budget is not None and self._token_budget < 1) or window < 1:
+            raise ValueError(
+                f"give batch_size, or token_budget, from 1 on: found batch_size={self._batch_size or None}"
+                f" token_budget={self._token_budget} {window=}"
+            )
+        if self._batch_size % self.world_size:
+            raise ValueError(
+                f"batch_size={self._batch_size} is of the global batch: {self.world_size} ranks must divide it, so that"
+                f" all take equal shares"
+            )
+
+    def _refuse_other_layouts(self, names: Sequence[str]) -> None:
+        """CacheError where the caches of a mixture store a product in different ways."""
+        for reader in self._readers[1:]:
+            for name in names:
+                first, other = self._readers[0].product(name), reader.product(name)
+                if (first.kind, first.layout) != (other.kind, other.layout):
+                    raise CacheError(
+                        f"{name}: caches of a mixture must store it alike, found {first.layout} and {other.layout}"
+                    )
+
+    def _new_plan(self) -> CountPlan | BudgetPlan:
+        positions = self._order.num_positions
+        if self._token_budget is None:
+            return CountPlan(num_positions=positions, batch_size=self._batch_size, tail=self._tail)
+        longest = max(int(reader.tokens(slice(None)).max()) for reader in self._readers)
+        if longest > self._token_budget:
+            raise CacheError(
+                f"a clip has {longest} tokens of {self._first.name}, token_budget={self._token_budget}: give a larger"
+                f" budget, or leave long clips out by where"
+            )
+        return BudgetPlan(
+            num_positions=positions,
+            num_packs=self._batch_size,
+            budget=self._token_budget,
+            tail=self._tail,
+            tokens_of=self._tokens_of,
+        )
+
+    def _tokens_of(self, epoch: int, positions_N: np.ndarray) -> np.ndarray:
+        """The tokens of the clips at positions of an epoch."""
+        sources_N, clips_N = self._order.clips(epoch, positions_N)
+        tokens_N = np.empty(len(positions_N), np.int64)
+        for source, reader in enumerate(self._readers):
+            chosen = sources_N == source
+            tokens_N[chosen] = reader.tokens(clips_N[chosen])
+        return tokens_N
 
     def __len__(self) -> int:
-        return -(-self._places.num_rows // self._batch_size)
+        """Steps in the current epoch; with a token budget all its clips are packed to know."""
+        return self._plan.num_steps(self.epoch)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    @property
+    def num_clips(self) -> int:
+        """Clips in an epoch."""
+        return self._order.num_positions
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is read now, or next."""
+        return int(self._shared[0]) if self._own_epoch is None else self._own_epoch
+
+    @property
+    def num_skipped(self) -> int:
+        """Clips that were left out of batches since their tokens are damaged, in all processes."""
+        return int(self._shared[1])
+
+    @property
+    def fill(self) -> float | None:
+        """The share of the token budget that packs have used so far; what is left of 1 is waste. None without packs."""
+        if not isinstance(self._plan, BudgetPlan) or not self._plan.fill.num_packs:
+            return None
+        return self._plan.fill.num_tokens / (self._plan.fill.num_packs * self._plan.budget)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin epoch `epoch` at the next ``for``, unless it is the current one."""
+        if epoch != self.epoch:
+            self._shared[0] = epoch
+            self._own_epoch, self._start, self._step, self._hint = None, 0, 0, (0, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader is: after the last batch that it gave."""
+        return {**self._identity, "epoch": self.epoch, "step": self._step, "hint": list(self._hint)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`; CacheError where it is of other data, another batch size or another order."""
+        remedies = {
+            "data": "the cache has changed, or another condition was given: take a snapshot before a training, and open"
+            " the cache at it",
+        }
+        for name, here in self._identity.items():
+            if state.get(name) != here:
+                raise CacheError(
+                    f"the state cannot be loaded: {name} was {state.get(name)}, is {here}:"
+                    f" {remedies.get(name, f'give the loader the same {name}')}"
+                )
+        self._start = self._step = int(state["step"])
+        self._hint = (int(state["hint"][0]), int(state["hint"][1]))
+        if isinstance(self._plan, BudgetPlan):
+            self._plan.use_hint(int(state["epoch"]), self._hint)
+        if get_worker_info() is None:
+            self._shared[0] = int(state["epoch"])
+        else:
+            self._own_epoch = int(state["epoch"])
+
+    def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
-        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
-        for i in range(first, len(self), step):
-            batch = self._places.slice(i * self._batch_size, self._batch_size)
-            yield {
-                "clip_id": batch["clip_id"].to_pylist(),
-                "tokens": self._cache.read_places(
-                    batch["name"].to_pylist(), batch["row_in_file"].to_numpy(), levels=self._levels
-                ),
-                "num_valid": torch.from_numpy(batch["num_valid"].to_numpy().copy()),
-            }
+        stride, epoch = worker.num_workers if worker else 1, self.epoch
+        first = self._start + (worker.id if worker and self._own_epoch is None else 0)
+        self._start = 0
+        self._step = first
+        for block in self._blocks(epoch, first, stride):
+            self._hint = block.hint
+            self._shared[1] += block.num_damaged
+            for batch in block.batches:
+                self._step += stride
+                yield batch
+        self._own_epoch = None
+        if worker is None:
+            self._shared[0] = epoch + 1
+            self._step, self._hint = 0, (0, 0)
+
+    def _blocks(self, epoch: int, first: int, stride: int) -> Iterator[_Block]:
+        """Blocks of batches, the next ones being read by a thread; the first ones are short, so that they come soon."""
+        most = max(1, min(MOST_BLOCK_STEPS, BLOCK_BYTES // max(1, self._bytes_per_step())))
+        with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
+            ahead: deque[Future[_Block | None]] = deque()
+            length = 1
+            while True:
+                while len(ahead) < BLOCKS_AHEAD:
+                    steps_S = np.arange(first, first + length * stride, stride)
+                    ahead.append(thread.submit(self._block, epoch, steps_S))
+                    first, length = first + length * stride, min(2 * length, most)
+                block = ahead.popleft().result()
+                if block is None:
+                    return
+                yield block
+
+    def _bytes_per_step(self) -> int:
+        """Of one rank, about."""
+        share = self._batch_size // self.world_size
+        per_clip = self._readers[0].bytes_per_clip
+        if self._token_budget is not None:
+            clips = self._token_budget / max(1.0, float(self._readers[0].tokens(slice(None)).mean()))
+            return math.ceil(share * per_clip * clips)
+        return share * per_clip
+
+    def _block(self, epoch: int, steps_S: np.ndarray) -> _Block | None:
+        """The batches of this rank in some steps; None where the epoch has ended."""
+        planned = self._plan.positions(epoch, steps_S, self.rank, self.world_size)
+        if planned is None:
+            return None
+        hint = self._plan.hint(epoch) if isinstance(self._plan, BudgetPlan) else (0, 0)
+        sources_N, clips_N = self._order.clips(epoch, planned.positions_N)
+        values, kept_N = self._read(sources_N, clips_N)
+        ends_S = np.searchsorted(kept_N, planned.ends_S)
+        batches = self._batches(values, sources_N[kept_N], clips_N[kept_N], ends_S)
+        return _Block(batches, hint, len(clips_N) - len(kept_N))
+
+    def _read(self, sources_N: np.ndarray, clips_N: np.ndarray) -> tuple[dict[str, Values], np.ndarray]:
+        """The values of clips of several sources, and which of the clips these are."""
+        if len(self._readers) == 1:
+            values, kept_N = self._readers[0].read(clips_N, skip_damaged=self._skip)
+        else:
+            parts, places = [], []
+            for source, reader in enumerate(self._readers):
+                chosen = np.flatnonzero(sources_N == source)
+                found, kept = reader.read(clips_N[chosen], skip_damaged=self._skip)
+                parts.append(found)
+                places.append(chosen[kept])
+            order_N = np.argsort(np.concatenate(places))
+            values = {name: joined([part[name] for part in parts]).reordered(order_N) for name in parts[0]}
+            kept_N = np.concatenate(places)[order_N]
+        if self._pin:
+            values = {name: one.pinned() for name, one in values.items()}
+        return values, kept_N
+
+    def _batches(
+        self, values: Mapping[str, Values], sources_N: np.ndarray, clips_N: np.ndarray, ends_S: np.ndarray
+    ) -> list[Batch]:
+        """The clips of a block, divided into steps."""
+        ids, num_valid, columns = self._small(sources_N, clips_N)
+        is_mixture, sources = len(self._readers) > 1, torch.from_numpy(sources_N)
+        batches, begin = [], 0
+        for end in ends_S.tolist():
+            batch: Batch = {"clip_id": ids[begin:end], "num_valid": num_valid[begin:end]}
+            for name, one in values.items():
+                batch[name] = one.part(begin, end)
+            for name, column in columns.items():
+                batch[name] = column[begin:end]
+            if is_mixture:
+                batch["source"] = sources[begin:end]
+            batches.append(batch)
+            begin = end
+        return batches
+
+    def _small(self, sources_N: np.ndarray, clips_N: np.ndarray) -> tuple[list[str], torch.Tensor, dict[str, Any]]:
+        """Ids, numbers of real frames, and columns of clips."""
+        if len(self._readers) == 1:
+            clips = self._readers[0].clips
+            columns = {name: clips.column(name, clips_N) for name in self._columns}
+            return clips.ids(clips_N), torch.from_numpy(clips.num_valid[clips_N].astype(np.int64)), columns
+        ids, num_valid = [""] * len(clips_N), torch.empty(len(clips_N), dtype=torch.int64)
+        columns: dict[str, Any] = {name: [None] * len(clips_N) for name in self._columns}
+        for source, reader in enumerate(self._readers):
+            chosen = np.flatnonzero(sources_N == source)
+            num_valid[torch.from_numpy(chosen)] = torch.from_numpy(reader.clips.num_valid[clips_N[chosen]]).long()
+            for place, one in zip(chosen.tolist(), reader.clips.ids(clips_N[chosen]), strict=True):
+                ids[place] = one
+            for name in self._columns:
+                for place, one in zip(chosen.tolist(), reader.clips.column(name, clips_N[chosen]), strict=True):
+                    columns[name][place] = one
+        return ids, num_valid, {name: _as_numbers(column) for name, column in columns.items()}
+
+
+def _as_numbers(column: list[Any]) -> Any:
+    """A column of a mixture as one cache alone would give it."""
+    return torch.stack(column) if column and all(isinstance(one, torch.Tensor) for one in column) else column
+
+
+def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Rank and number of ranks: those given, else of torch.distributed, else alone."""
+    if (rank is None) != (world_size is None):
+        raise ValueError(f"give both of rank and world_size, or none: {rank=} {world_size=}")
+    if rank is None or world_size is None:
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank(), distributed.get_world_size()
+        return 0, 1
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be 0 to world_size - 1: {rank=} {world_size=}")
+    return rank, world_size
+
+
+def _clips_per_run(reader: ClipReader, product: StoredProduct) -> int:
+    """Clips of about one row group, which a shuffle by windows moves together."""
+    groups = max(1, len(product.groups.value_ends_G))
+    return max(1, -(-reader.clips.num_clips // groups))

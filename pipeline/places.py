@@ -277,3 +277,9 @@ def _listed(uri: str, info: Mapping[str, Any]) -> StoredFile:
 def folder_of(uri: str) -> str:
     """The folder or URL prefix that holds `uri`."""
     return posixpath.dirname(uri)
+
+
+def user_cache_folder(name: str) -> str:
+    """Where this user's derived files of one kind lie on this machine: they can be deleted at any time."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "tokenmill", name)

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..schemas.errors import CacheError
 from ..schemas.tables import FORMAT_KEY, check_format
 from .frame_file import EMBEDDINGS_COLUMN, ENCODER
+from .sql_bytes import bytes_of
 from .token_file import CHECKSUMS, LAYOUT, TokenLayout, open_parquet, values_offset
 
 
@@ -76,23 +78,30 @@ def _row_group(metadata: pq.RowGroupMetaData, number: int, column: str, width: i
     }
 
 
-def ranges_between(groups: Sequence[RowGroup], size_bytes: int) -> list[tuple[int, int]]:
-    """Begin and end of what a file of `size_bytes` holds besides the tokens of `groups`, in its order."""
+def ranges_between(spans: Iterable[tuple[int, int]], size_bytes: int) -> list[tuple[int, int]]:
+    """Begin and end of what a file of `size_bytes` holds besides the tokens that lie at `spans` (offset and size)."""
     ranges, begin = [], 0
-    for group in sorted(groups, key=lambda group: group.offset or 0):
-        if group.offset is None:
-            return [(0, size_bytes)]
-        ranges.append((begin, group.offset))
-        begin = group.offset + group.size_bytes
+    for offset, size in sorted(spans):
+        ranges.append((begin, offset))
+        begin = offset + size
     return [(first, last) for first, last in [*ranges, (begin, size_bytes)] if last > first]
 
 
 def rest_digest(path: str) -> str:
     """The SHA-256 of all that a local token file holds besides tokens: headers, small columns and footer."""
     with open(path, "rb") as stream:
-        groups = read_row_groups(stream, path)
+        spans = [
+            (group.offset, group.size_bytes) for group in read_row_groups(stream, path) if group.offset is not None
+        ]
         digest = hashlib.sha256()
-        for begin, end in ranges_between(groups, os.fstat(stream.fileno()).st_size):
+        for begin, end in ranges_between(spans, os.fstat(stream.fileno()).st_size):
             stream.seek(begin)
             digest.update(stream.read(end - begin))
     return digest.hexdigest()
+
+
+def read_values(buffer: Any, name: str, *, row_group: int, column: str) -> bytes:
+    """All values of a token column of a row group, one after the other, of a file in whatever layout."""
+    values = open_parquet(buffer, name).read_row_group(row_group, columns=[column], use_threads=False).column(0)
+    array = values.combine_chunks()
+    return bytes_of(array.flatten() if pa.types.is_list(array.type) else array).tobytes()

@@ -103,6 +103,14 @@ def run_ffmpeg(arguments: str) -> bytes:
     return subprocess.run(command, capture_output=True, check=True).stdout
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Derived files of this user go to a folder of the tests, also those of the commands that they run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("user_cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_video(tmp_path_factory: pytest.TempPathFactory) -> MakeVideo:
     """make_video(kind="h264", num_frames=36, width=96, height=64, fps=25): the path of such a video.

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import tokenmill
 from tokenmill.jobs.opening import open_cache as open_with_encoders
@@ -338,53 +337,6 @@ def test_many_threads_may_ask_at_once(cache: TokenCache, made: tuple[str, Recipe
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_a_loader_gives_every_clip_once_in_batches(cache: TokenCache, made: tuple[str, Recipe, list[Clip]]) -> None:
-    loader = cache.loader("dct", batch_size=4)
-    batches = list(loader)
-    ids = [clip_id for batch in batches for clip_id in batch["clip_id"]]
-    assert sorted(ids) == sorted(clip.clip_id for clip in made[2])
-    assert len(batches) == len(loader) == -(-len(ids) // 4)
-    assert torch.equal(torch.cat([batch["tokens"] for batch in batches]), cache.read("dct", ids))
-    valid = {clip.clip_id: clip.num_valid for clip in made[2]}
-    assert torch.cat([batch["num_valid"] for batch in batches]).tolist() == [valid[clip_id] for clip_id in ids]
-
-
-def test_a_loader_takes_only_the_clips_asked_for(cache: TokenCache) -> None:
-    batches = list(TokenLoader(cache, "fake", 3, where="num_valid < 8"))
-    assert batches
-    assert all(valid < 8 for batch in batches for valid in batch["num_valid"].tolist())
-
-
-@pytest.mark.parametrize(
-    "where", ["clip_id <> 'x'", "video_id = 'uri:3'", "caption is not null", "metadata->>'lang' = 'en'", "start_s < 1"]
-)
-def test_conditions_may_name_any_column_of_clips_and_videos(cache: TokenCache, where: str) -> None:
-    chosen = cache.clips(where)["clip_id"].to_pylist()
-    assert chosen
-    assert sorted(i for batch in cache.loader("dct", 64, where=where) for i in batch["clip_id"]) == chosen
-
-
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_loader_processes_share_the_work(cache: TokenCache, context: str) -> None:
-    loader = cache.loader("dct", batch_size=4)
-    alone = {batch["clip_id"][0]: batch["tokens"] for batch in loader}
-    together = list(DataLoader(loader, batch_size=None, num_workers=2, multiprocessing_context=context))
-    assert len(together) == len(alone)
-    assert all(torch.equal(alone[batch["clip_id"][0]], batch["tokens"]) for batch in together)
-
-
-def test_a_loader_gives_the_first_levels_alone(cache: TokenCache) -> None:
-    for batch in cache.loader("levels", 8, levels=1):
-        assert torch.equal(batch["tokens"], cache.read("levels", batch["clip_id"])[..., :1])
-    with pytest.raises(CacheError, match="tokens/levels: 3 levels were asked for: it has 1 to 2"):
-        cache.loader("levels", 8, levels=3)
-
-
-def test_a_loader_refuses_an_empty_batch(cache: TokenCache) -> None:
-    with pytest.raises(ValueError, match="batch_size must be 1 or more, found 0"):
-        TokenLoader(cache, "dct", 0)
 
 
 def test_a_cache_can_be_sent_to_another_process(cache: TokenCache, made: tuple[str, Recipe, list[Clip]]) -> None:

@@ -1,0 +1,197 @@
+"""The clips that a loader reads: where their tokens begin in every product, and columns of SQL, memory-mapped from one
+file that all ranks and workers of a machine share.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ..schemas.digest import digest_of
+from ..schemas.errors import CacheError
+from .cache import TokenCache
+from .places import user_cache_folder
+from .relevance_views import NAMES_RELEVANCE, RELEVANCE
+from .storage import written_aside
+from .stored_product import StoredProduct
+from .views import CLIPS_WITH_VIDEOS
+
+REVISION = 1  # rises with every change of the file
+MOST_KEPT = 64  # lists that stay on disk; older ones are removed
+ID_BYTES = 16
+DIGEST = b"tokenmill.digest"
+_HEX = np.array([f"{byte:02x}" for byte in range(256)], dtype="S2")
+
+
+@dataclass(frozen=True)
+class ClipList:
+    """Clips in the order in which the first product has them in its files; their numbers count from 0.
+
+    `products` are those whose values it places. It is mapped when it is first asked, in whatever process that is.
+    """
+
+    path: str
+    products: tuple[str, ...]
+
+    @cached_property
+    def _table(self) -> pa.Table:
+        return pa.ipc.open_file(pa.memory_map(self.path)).read_all()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ClipList, (self.path, self.products)
+
+    @cached_property
+    def digest(self) -> str:
+        """What it says: the files of each product, and which of their clips are read."""
+        return self._table.schema.metadata[DIGEST].decode()
+
+    @property
+    def num_clips(self) -> int:
+        """How many clips there are."""
+        return self._table.num_rows
+
+    @cached_property
+    def num_valid(self) -> np.ndarray:
+        """The frames of each clip that are real."""
+        return self._numbers("num_valid")
+
+    @cached_property
+    def firsts(self) -> list[np.ndarray]:
+        """The number of the first value of each clip in each product."""
+        return [self._numbers(f"first_{i}") for i in range(len(self.products))]
+
+    @cached_property
+    def counts(self) -> list[np.ndarray | None]:
+        """The values of each clip in each product; None where each clip has one."""
+        names = [f"count_{i}" for i in range(len(self.products))]
+        return [self._numbers(name) if name in self._table.column_names else None for name in names]
+
+    def _numbers(self, name: str) -> np.ndarray:
+        column = self._table[name]
+        return column.chunk(0).to_numpy(zero_copy_only=True) if column.num_chunks else np.zeros(0, np.int64)
+
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        column = self._table["clip_id"]
+        data = column.chunk(0).buffers()[1] if column.num_chunks else b""
+        return np.frombuffer(data, np.uint8).reshape(-1, ID_BYTES)[: self.num_clips]
+
+    def ids(self, clips_N: np.ndarray) -> list[str]:
+        """The ids of clips by number."""
+        digits = _HEX[self._ids[clips_N]]
+        return digits.view(f"S{2 * ID_BYTES}").reshape(-1).astype(str).tolist()
+
+    @cached_property
+    def column_names(self) -> list[str]:
+        """The columns that were asked for."""
+        names = json.loads(self._table.schema.metadata[b"tokenmill.columns"])
+        return list(names)
+
+    def column(self, name: str, clips_N: np.ndarray) -> torch.Tensor | list[Any]:
+        """A column of clips by number: a tensor of numbers, else a list; also where numbers may be absent."""
+        values = self._columns[name]
+        return torch.from_numpy(values[clips_N]) if isinstance(values, np.ndarray) else values.take(clips_N).to_pylist()
+
+    @cached_property
+    def _columns(self) -> dict[str, np.ndarray | pa.Array]:
+        found: dict[str, np.ndarray | pa.Array] = {}
+        for name in self.column_names:
+            column = self._table[name]
+            values = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+            kind = values.type
+            is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+            found[name] = values.to_numpy(zero_copy_only=False) if is_number and not values.null_count else values
+        return found
+
+
+def list_clips(
+    cache: TokenCache, products: Sequence[StoredProduct], where: str, columns: Mapping[str, str]
+) -> ClipList:
+    """The clips of a cache that have all `products` and for which the SQL condition `where` holds.
+
+    `columns` are SQL expressions over clips and their videos, by name. The list is found on this machine's disk where
+    it was made before of the same state. CacheError says what is wrong with SQL, or that no clip is left.
+    """
+    state = cache.sql("select value from meta where key = 'state'")["value"][0].as_py()
+    if NAMES_RELEVANCE.search(" ".join([where, *columns.values()])):
+        cache.refresh()
+        state = digest_of([state, cache.folder.list(RELEVANCE)])
+    names = tuple(product.name for product in products)
+    key = digest_of([REVISION, cache.folder.url, state, names, where, dict(columns)])
+    path = os.path.join(user_cache_folder("clips"), f"{key[:32]}.arrow")
+    if not os.path.exists(path):
+        table = _listed(cache, products, where, columns)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with (
+            written_aside(path) as aside,
+            pa.OSFile(aside, "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
+        _forget_old(os.path.dirname(path))
+    os.utime(path)
+    return ClipList(path, names)
+
+
+def _forget_old(folder: str) -> None:
+    paths = sorted((entry.stat().st_mtime, entry.path) for entry in os.scandir(folder) if entry.is_file())
+    for _, path in paths[:-MOST_KEPT]:
+        os.unlink(path)
+
+
+def _listed(cache: TokenCache, products: Sequence[StoredProduct], where: str, columns: Mapping[str, str]) -> pa.Table:
+    """The clips as a table of one chunk: clip_id, num_valid, first_<i> and count_<i> of each product, the columns."""
+    chosen = "".join(f", {expression}\n as {_quoted(name)}" for name, expression in columns.items())
+    rows = ", ".join(f"f{i}.first_row + l{i}.row_in_file as _row_{i}" for i in range(len(products)))
+    joins = " ".join(
+        f"""join locations l{i} on l{i}.product = '{product.name}' and l{i}.clip_id = c._clip::uuid
+            join file_starts f{i} on f{i}.name = l{i}.name"""
+        for i, product in enumerate(products)
+    )
+    starts = pa.concat_tables([product.file_starts for product in products])
+    table = cache.answer(
+        f"""select unhex(_clip) as _id, _num_valid, {rows}, c.* exclude (_clip, _num_valid)
+            from (select c.clip_id as _clip, c.num_valid::int as _num_valid{chosen}
+                  from {CLIPS_WITH_VIDEOS} c where ({where}\n)) c {joins} order by _row_0""",
+        file_starts=starts,
+    )
+    if not table.num_rows:
+        raise CacheError(
+            f"{cache.folder.url}: no clip has {', '.join(p.name for p in products)} where {where}: tokenmill status"
+            f" says what was made"
+        )
+    arrays = {
+        "clip_id": table["_id"].combine_chunks().cast(pa.binary(ID_BYTES)),
+        "num_valid": table["_num_valid"].combine_chunks(),
+    }
+    digest = hashlib.sha256(json.dumps([[p.name, p.file_starts["name"].to_pylist()] for p in products]).encode())
+    for i, product in enumerate(products):
+        rows_N = table[f"_row_{i}"].to_numpy()
+        digest.update(np.ascontiguousarray(rows_N).data)
+        counts_R = product.counts(cache)
+        if counts_R is None:
+            arrays[f"first_{i}"] = pa.array(rows_N)
+        else:
+            arrays[f"first_{i}"] = pa.array((np.cumsum(counts_R) - counts_R)[rows_N])
+            arrays[f"count_{i}"] = pa.array(counts_R[rows_N])
+    arrays |= {name: _one_chunk(table[name]) for name in columns}
+    metadata = {DIGEST: digest.hexdigest(), b"tokenmill.columns": json.dumps(list(columns))}
+    return pa.table(arrays).replace_schema_metadata(metadata)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """A column as one array, whatever its texts weigh."""
+    if pa.types.is_string(column.type):
+        column = column.cast(pa.large_string())
+    return column.combine_chunks()
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'

@@ -1,0 +1,305 @@
+"""The token columns of a product's files as one range of addresses: any values are gathered at the speed of memory.
+
+Local files are mapped as they lie. Row groups of remote caches, and of files that other tools have rewritten, are
+mapped from a bounded local cache. Whatever is touched for the first time is checked first.
+"""
+
+import hashlib
+import logging
+import os
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ..schemas.errors import CacheError
+from .address_range import AddressRange, pages
+from .byte_ranges import ByteRange, opened, read_ranges
+from .local_cache import LocalCache
+from .row_groups import ranges_between, read_values
+from .storage import Folder, storage_errors
+from .stored_product import StoredProduct
+
+log = logging.getLogger(__name__)
+
+MOST_MAPPED = 16384  # files; on Linux a process may have 65,530 maps
+MOST_MAPPED_BYTES = 1 << 30  # of row groups in the local cache: those that are mapped keep their room on the disk
+THREADS = 16
+DOWNLOADS = 3  # of the same bytes, before they are called damaged where they lie
+REPAIR = "tokenmill verify CACHE --deep --repair makes it again"
+
+
+class _Damaged(CacheError):
+    """Tokens are not what was committed."""
+
+
+class MappedTokens:
+    """Gathers values of a product by number, from some of its token columns; it travels without its maps.
+
+    Any thread may read, one at a time.
+    """
+
+    def __init__(
+        self, folder: Folder, product: StoredProduct, columns: Sequence[str], local: LocalCache, *, verify: bool = True
+    ) -> None:
+        self._product, self._columns, self._local, self._verify = product, tuple(columns), local, verify
+        self._groups = product.groups
+        values_G = np.diff(self._groups.value_ends_G, prepend=0)
+        self._begins_G = self._groups.value_ends_G - values_G
+        self._sizes = {column: values_G * product.widths[column] for column in self._columns}
+        self._use(folder)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(_reopened, verify=self._verify), (self._folder.url, self._product, self._columns, self._local)
+
+    def _use(self, folder: Folder) -> None:
+        """Begin with nothing mapped. Every local file has a place, and so has every row group that is read alone."""
+        groups, shape = self._groups, (len(self._columns), len(self._begins_G))
+        self._folder, self._pid, self._lock = folder, os.getpid(), threading.Lock()
+        self._ready, self._checked, self._is_alone = (np.zeros(shape, bool) for _ in range(3))
+        self._damaged_G = np.zeros(shape[1], bool)
+        self._mapped: dict[int, int] = {}  # the size of what is mapped, by place
+        self._mapped_alone_bytes = 0
+        paged_F = pages(groups.sizes_F) if folder.is_local else np.zeros_like(groups.sizes_F)
+        self._file_places_F = np.cumsum(paged_F) - paged_F
+        self._places = np.zeros(shape, np.int64)
+        total = int(paged_F.sum())
+        for i, column in enumerate(self._columns):
+            offsets_G = groups.offsets[column]
+            self._is_alone[i] = (offsets_G < 0) | (not folder.is_local)
+            paged_G = np.where(self._is_alone[i], pages(self._sizes[column]), 0)
+            in_files_G = self._file_places_F[groups.files_G] + offsets_G
+            self._places[i] = np.where(self._is_alone[i], total + np.cumsum(paged_G) - paged_G, in_files_G)
+            total += int(paged_G.sum())
+        self._range = AddressRange(total)
+        self._checked_files: set[int] = set()
+
+    def read(
+        self, firsts_N: np.ndarray, counts_N: np.ndarray | None = None, *, skip_damaged: bool = False
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The bytes (values, width) of each column, of clips whose values begin at numbers `firsts_N`.
+
+        `counts_N` are the values of each clip, 1 without. Also which clips (N,) were left out since their tokens are
+        damaged: none without `skip_damaged`, then CacheError names file, row group and remedy.
+        """
+        with self._lock:
+            if self._pid != os.getpid() and not self._folder.is_local:  # clients of stores do not survive a fork
+                self._use(Folder(self._folder.url))
+            groups_N = np.searchsorted(self._groups.value_ends_G, firsts_N, side="right")
+            if self._ready[:, groups_N].all():
+                return self._gathered(groups_N, firsts_N, counts_N), np.zeros(len(firsts_N), bool)
+            return self._read_new(groups_N, firsts_N, counts_N, skip_damaged=skip_damaged)
+
+    def _read_new(
+        self, groups_N: np.ndarray, firsts_N: np.ndarray, counts_N: np.ndarray | None, *, skip_damaged: bool
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """As `read`, where row groups have to be mapped: as many at a time as may be."""
+        parts = list(self._parts(np.unique(groups_N)))
+        if len(parts) == 1:
+            self._prepare(parts[0], skip_damaged=skip_damaged)
+            good_N = ~self._damaged_G[groups_N]
+            if good_N.all():
+                return self._gathered(groups_N, firsts_N, counts_N), ~good_N
+        sizes_N = np.ones(len(firsts_N), np.int64) if counts_N is None else counts_N
+        planes = {c: np.empty((int(sizes_N.sum()), self._product.widths[c]), np.uint8) for c in self._columns}
+        begins_N, whole_N = np.cumsum(sizes_N) - sizes_N, np.zeros(len(firsts_N), bool)
+        for part in parts:
+            self._prepare(part, skip_damaged=skip_damaged)
+            chosen = np.flatnonzero(np.isin(groups_N, part) & ~self._damaged_G[groups_N])
+            found = self._gathered(groups_N[chosen], firsts_N[chosen], sizes_N[chosen])
+            for column, plane in found.items():
+                planes[column][runs(begins_N[chosen], sizes_N[chosen])] = plane
+            whole_N[chosen] = True
+        kept = runs(begins_N[whole_N], sizes_N[whole_N])
+        return {column: plane[kept] for column, plane in planes.items()}, ~whole_N
+
+    def _gathered(
+        self, groups_N: np.ndarray, firsts_N: np.ndarray, counts_N: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        found = {}
+        for i, column in enumerate(self._columns):
+            width = self._product.widths[column]
+            places_N = self._places[i, groups_N] + (firsts_N - self._begins_G[groups_N]) * width
+            if counts_N is not None:
+                places_N = runs(places_N, counts_N, width)
+            found[column] = self._range.gather(places_N, width)
+        return found
+
+    def _parts(self, groups: np.ndarray) -> Iterator[np.ndarray]:
+        """The groups in parts that may be mapped together: files all at once, row groups of the local cache by size."""
+        alone_bytes = sum(
+            np.where(self._is_alone[i, groups], self._sizes[column][groups], 0)
+            for i, column in enumerate(self._columns)
+        )
+        numbers = np.cumsum(alone_bytes) // (self._most_bytes // 2)
+        yield from np.split(groups, np.flatnonzero(np.diff(numbers)) + 1)
+
+    @property
+    def _most_bytes(self) -> int:
+        """Of row groups in the local cache that are mapped, about."""
+        return max(2, min(MOST_MAPPED_BYTES, self._local.limit_bytes // 4))
+
+    def _prepare(self, part: np.ndarray, *, skip_damaged: bool) -> None:
+        """Map and check row groups; their damage is raised, or noted."""
+        part = part[~self._damaged_G[part]]
+        if self._mapped_alone_bytes > self._most_bytes // 2 or len(self._mapped) > MOST_MAPPED // 2:
+            self._unmap_all()
+        files = np.unique(self._groups.files_G[part]).tolist()
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="tokens") as pool:
+            self._note(pool.map(self._prepare_file, files), skip_damaged=skip_damaged)
+            part = part[~self._damaged_G[part]]
+            new = [(i, g) for i in range(len(self._columns)) for g in part[~self._ready[i, part]].tolist()]
+            self._note(pool.map(self._prepare_group, new), skip_damaged=skip_damaged)
+
+    def _note(self, problems: Iterable[tuple[np.ndarray, str] | None], *, skip_damaged: bool) -> None:
+        for groups, problem in filter(None, problems):
+            if not skip_damaged:
+                raise CacheError(problem)
+            if not self._damaged_G[groups].all():
+                log.warning("event=damaged_tokens_left_out problem=%r", problem)
+            self._damaged_G[groups] = True
+
+    def _prepare_file(self, file: int) -> tuple[np.ndarray, str] | None:
+        """Map a local file, and check what it holds besides tokens; what is wrong, and for which row groups."""
+        name, size = self._groups.names_F[file], int(self._groups.sizes_F[file])
+        groups = np.flatnonzero(self._groups.files_G == file)
+        if self._folder.is_local and int(self._file_places_F[file]) not in self._mapped:
+            with storage_errors(self._folder.uri(name)), open(self._folder.path(name), "rb") as stream:
+                found = os.fstat(stream.fileno()).st_size
+                if found != size:
+                    return groups, f"{self._folder.uri(name)}: {found} bytes, committed {size}: {REPAIR}"
+                self._map(int(self._file_places_F[file]), stream.fileno(), size)
+        try:
+            self._check_rest(file, groups)
+        except _Damaged as error:
+            return groups, str(error)
+        return None
+
+    def _check_rest(self, file: int, groups: np.ndarray) -> None:
+        """Compare the digest of all that a file holds besides tokens, unless another tool has rewritten it."""
+        wanted, name = self._groups.rest_sha256_F[file], self._groups.names_F[file]
+        offsets = {column: offsets_G[groups] for column, offsets_G in self._groups.offsets.items()}
+        if not self._verify or not wanted or file in self._checked_files or min(map(np.min, offsets.values())) < 0:
+            return
+        values_G = self._groups.value_ends_G[groups] - self._begins_G[groups]
+        spans = [
+            (int(offset), int(values) * self._product.widths[column])
+            for column, offsets_G in offsets.items()
+            for offset, values in zip(offsets_G, values_G, strict=True)
+        ]
+        between = ranges_between(spans, int(self._groups.sizes_F[file]))
+        ranges = [ByteRange(name, begin, end - begin) for begin, end in between]
+
+        def fetch() -> bytes:
+            for _ in range(DOWNLOADS):
+                data = b"".join(read_ranges(self._folder, ranges)[0])
+                if hashlib.sha256(data).hexdigest() == wanted:
+                    return data
+            raise _Damaged(
+                f"{self._folder.uri(name)}: damaged besides its tokens (headers, small columns or footer; its SHA-256"
+                f" does not match): {REPAIR}"
+            )
+
+        if self._folder.is_local:
+            fetch()
+        else:
+            size = sum(one.size for one in ranges)
+            os.close(self._local.open(f"{self._folder.uri(name)}#rest", size, fetch))
+        self._checked_files.add(file)
+
+    def _prepare_group(self, one: tuple[int, int]) -> tuple[np.ndarray, str] | None:
+        """Map a column of a row group, and check it; what is wrong."""
+        i, group = one
+        try:
+            if self._is_alone[one]:
+                self._map_alone(i, group)
+            elif not self._is_whole(i, group):
+                raise self._damaged(i, group)
+        except _Damaged as error:
+            return np.array([group]), str(error)
+        self._ready[one] = self._checked[one] = True
+        return None
+
+    def _map_alone(self, i: int, group: int) -> None:
+        """Map a column of a row group from the local cache; what is damaged there is fetched anew, once."""
+        place, size = int(self._places[i, group]), int(self._sizes[self._columns[i]][group])
+        if place in self._mapped:
+            return
+        key = f"{self._uri(group)}#{self._groups.numbers_G[group]}.{self._columns[i]}"
+        for _ in range(2):
+            descriptor = self._local.open(key, size, lambda: self._fetched(i, group))
+            try:
+                self._map(place, descriptor, size)
+            finally:
+                os.close(descriptor)
+            if self._is_whole(i, group):
+                self._mapped_alone_bytes += size
+                return
+            self._mapped.pop(place)
+            self._local.discard(key)
+        raise CacheError(
+            f"{key}: damaged in the local cache {self._local.folder} as soon as it is written: check the disk"
+        )
+
+    def _fetched(self, i: int, group: int) -> bytes:
+        """The bytes of a column of a row group, from where the cache lies."""
+        column, name = self._columns[i], self._groups.names_F[self._groups.files_G[group]]
+        offset, wanted = int(self._groups.offsets[column][group]), int(self._groups.checksums[column][group])
+        if offset < 0:
+            number = int(self._groups.numbers_G[group])
+            try:
+                with opened(self._folder, name, partial(read_values, row_group=number, column=column)) as data:
+                    return data
+            except (OSError, pa.ArrowException) as error:
+                raise self._damaged(i, group, f"{error}") from None
+        for _ in range(DOWNLOADS):
+            (data,), _ = read_ranges(self._folder, [ByteRange(name, offset, int(self._sizes[column][group]))])
+            if not self._verify or wanted < 0 or zlib.crc32(data) == wanted:
+                return data
+        raise self._damaged(i, group)
+
+    def _is_whole(self, i: int, group: int) -> bool:
+        """Whether the mapped bytes of a column of a row group are what was committed, unless that is known."""
+        wanted = int(self._groups.checksums[self._columns[i]][group])
+        if not self._verify or wanted < 0 or self._checked[i, group]:
+            return True
+        place = int(self._places[i, group])
+        return zlib.crc32(self._range.bytes[place : place + int(self._sizes[self._columns[i]][group])].data) == wanted
+
+    def _damaged(self, i: int, group: int, reason: str = "its CRC-32 does not match") -> _Damaged:
+        return _Damaged(
+            f"{self._uri(group)}: row group {self._groups.numbers_G[group]} of column {self._columns[i]} is damaged"
+            f" ({reason}): {REPAIR}"
+        )
+
+    def _uri(self, group: int) -> str:
+        return self._folder.uri(self._groups.names_F[self._groups.files_G[group]])
+
+    def _map(self, place: int, descriptor: int, size: int) -> None:
+        self._range.map(place, descriptor, size)
+        self._mapped[place] = size
+
+    def _unmap_all(self) -> None:
+        for place, size in self._mapped.items():
+            self._range.unmap(place, size)
+        self._mapped.clear()
+        self._mapped_alone_bytes = 0
+        self._ready[:] = False
+
+
+def runs(firsts_N: np.ndarray, counts_N: np.ndarray, step: int = 1) -> np.ndarray:
+    """The numbers first, first + step, ... of each run, one run after the other."""
+    ends_N = np.cumsum(counts_N)
+    total = int(ends_N[-1]) if len(ends_N) else 0
+    found = np.arange(total) * step
+    found += np.repeat(firsts_N - (ends_N - counts_N) * step, counts_N)
+    return found
+
+
+def _reopened(url: str, *arguments: Any, verify: bool) -> MappedTokens:
+    return MappedTokens(Folder(url), *arguments, verify=verify)

@@ -1,0 +1,64 @@
+"""Permutations of the numbers below any size that are computed, not stored: a Feistel network over two digits, walked
+until it is below the size (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+"""
+
+import math
+
+import numpy as np
+
+ROUNDS = 4
+HALF = np.uint64(32)
+
+
+def permuted(numbers_N: np.ndarray, size: int, key: int | np.ndarray) -> np.ndarray:
+    """Where a permutation of 0..size-1 puts each of `numbers_N`, int64 (N,): O(1) memory whatever the size.
+
+    `key` says which permutation: one 64-bit number for all, or one for each (N,) uint64.
+    """
+    base = math.isqrt(size - 1) + 1  # digits of about the same size, and hardly more numbers than are asked for
+    keys_N = np.atleast_1d(np.asarray(key, np.uint64))
+    found_N = _network(numbers_N, base, -(-size // base), keys_N)
+    outside = np.flatnonzero(found_N >= size)
+    while outside.size:
+        found_N[outside] = _network(found_N[outside], base, -(-size // base), keys_N[outside % keys_N.size])
+        outside = outside[found_N[outside] >= size]
+    return found_N
+
+
+def _network(numbers_N: np.ndarray, base: int, num_high: int, keys_N: np.ndarray) -> np.ndarray:
+    """A permutation of the numbers below base * num_high: each digit in turn is moved on by a hash of the other."""
+    high, low = np.divmod(numbers_N.astype(np.uint64), np.uint64(base))
+    for i in range(0, ROUNDS, 2):
+        _add_hash(low, base, high, mixed(keys_N + np.uint64(i)))
+        _add_hash(high, num_high, low, mixed(keys_N + np.uint64(i + 1)))
+    high *= np.uint64(base)
+    high += low
+    return high.view(np.int64)
+
+
+def _add_hash(digits_N: np.ndarray, size: int, others_N: np.ndarray, keys_N: np.ndarray) -> None:
+    """Move each digit on, modulo `size`, by a hash of its other digit."""
+    hashed_N = others_N + keys_N
+    hashed_N *= np.uint64(0xBF58476D1CE4E5B9)
+    hashed_N ^= hashed_N >> HALF
+    hashed_N *= np.uint64(0x94D049BB133111EB)
+    hashed_N >>= HALF
+    hashed_N *= np.uint64(size)
+    hashed_N >>= HALF
+    digits_N += hashed_N
+    digits_N -= np.uint64(size) * (digits_N >= size)
+
+
+def mixed(values_N: np.ndarray) -> np.ndarray:
+    """Each 64-bit number as one that looks random: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    values_N = (values_N ^ (values_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values_N = (values_N ^ (values_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values_N ^ (values_N >> np.uint64(31))
+
+
+def key_of(*parts: int | np.integer | np.ndarray) -> np.ndarray:
+    """A 64-bit key, or one for each number of an array, of whole numbers in their order."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = mixed(key + np.atleast_1d(np.asarray(part)).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+    return key
