@@ -3,14 +3,17 @@
 import ctypes
 import mmap
 import os
+import sys
 import weakref
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..schemas.errors import StorageError
 
 PAGE = mmap.ALLOCATIONGRANULARITY
+MOST_BUFFERS = 16
 _FAILED = ctypes.c_void_p(-1).value
 _NONE, _FIXED = 0, 0x10  # PROT_NONE and MAP_FIXED, the same on Linux and macOS
 _UNBACKED = (
@@ -36,7 +39,9 @@ class AddressRange:
         self.size = pages(max(size, 1))
         self._base = _mapped(None, self.size, _NONE, _UNBACKED, -1)
         weakref.finalize(self, _libc.munmap, self._base, self.size)
-        self.bytes = np.frombuffer((ctypes.c_uint8 * self.size).from_address(self._base), np.uint8)
+        buffer = (ctypes.c_uint8 * self.size).from_address(self._base)
+        self.bytes = np.frombuffer(buffer, np.uint8)
+        self._tensor = torch.frombuffer(buffer, dtype=torch.uint8)
 
     def map(self, place: int, descriptor: int, size: int) -> None:
         """Let the first `size` bytes of an open file be read at `place`, a multiple of PAGE; it may be closed then."""
@@ -46,12 +51,35 @@ class AddressRange:
         """Give back what was mapped at `place`."""
         _mapped(self._base + place, pages(size), _NONE, _UNBACKED | _FIXED, -1)
 
-    def gather(self, places_N: np.ndarray, width: int) -> np.ndarray:
-        """A copy (N, width) uint8 of the bytes at each place; other threads run meanwhile."""
-        if not width or not places_N.size:
-            return np.zeros((len(places_N), width), np.uint8)
-        windows = np.lib.stride_tricks.as_strided(self.bytes, (self.size - width + 1, width), (1, 1), writeable=False)
-        return windows[places_N]
+    def gather(self, places_N: np.ndarray, out_NW: np.ndarray) -> None:
+        """Copy the W bytes from each place on to uint8 `out_NW`; other threads run meanwhile."""
+        width = out_NW.shape[1]
+        if not out_NW.size:
+            return
+        first, size = int(places_N[0]), out_NW.size
+        if places_N[-1] - first == size - width and (np.diff(places_N) == width).all():  # side by side
+            np.copyto(out_NW.reshape(-1), self.bytes[first : first + size])
+            return
+        runs = torch.as_strided(self._tensor, (self.size - width + 1, width), (1, 1))  # one begins at every address
+        torch.index_select(runs, 0, torch.from_numpy(places_N), out=torch.from_numpy(out_NW))
+
+
+class Buffers:
+    """Memory for what is gathered, used again once nobody holds a batch in it: fresh memory costs more than copying."""
+
+    def __init__(self) -> None:
+        self._held: list[np.ndarray] = []
+
+    def take(self, num_rows: int, width: int) -> np.ndarray:
+        """An array (num_rows, width) uint8 of any content."""
+        size = num_rows * width
+        for i in range(len(self._held)):
+            if sys.getrefcount(self._held[i]) == 2:  # the list's, and that of the call
+                if self._held[i].size < size:
+                    self._held[i] = np.empty(size, np.uint8)
+                return self._held[i][:size].reshape(num_rows, width)
+        self._held = [*self._held[1 - MOST_BUFFERS :], np.empty(size, np.uint8)]
+        return self._held[-1][:size].reshape(num_rows, width)
 
 
 def pages(size: Any) -> Any:

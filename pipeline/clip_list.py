@@ -23,11 +23,10 @@ from .storage import written_aside
 from .stored_product import StoredProduct
 from .views import CLIPS_WITH_VIDEOS
 
-REVISION = 1  # rises with every change of the file
+REVISION = 2  # rises with every change of the file
 MOST_KEPT = 64  # lists that stay on disk; older ones are removed
 ID_BYTES = 16
 DIGEST = b"tokenmill.digest"
-_HEX = np.array([f"{byte:02x}" for byte in range(256)], dtype="S2")
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,21 @@ class ClipList:
 
     def ids(self, clips_N: np.ndarray) -> list[str]:
         """The ids of clips by number."""
-        digits = _HEX[self._ids[clips_N]]
-        return digits.view(f"S{2 * ID_BYTES}").reshape(-1).astype(str).tolist()
+        return self._ids[clips_N].tobytes().hex(" ", ID_BYTES).split()
 
     @cached_property
     def column_names(self) -> list[str]:
         """The columns that were asked for."""
         names = json.loads(self._table.schema.metadata[b"tokenmill.columns"])
         return list(names)
+
+    def small(self, clips_N: np.ndarray, columns: Sequence[str]) -> dict[str, Any]:
+        """What a batch has of clips besides tokens: ``clip_id``, ``num_valid`` and `columns`."""
+        return {
+            "clip_id": self.ids(clips_N),
+            "num_valid": torch.from_numpy(self.num_valid[clips_N]),
+            **{name: self.column(name, clips_N) for name in columns},
+        }
 
     def column(self, name: str, clips_N: np.ndarray) -> torch.Tensor | list[Any]:
         """A column of clips by number: a tensor of numbers, else a list; also where numbers may be absent."""
@@ -158,7 +164,7 @@ def _listed(cache: TokenCache, products: Sequence[StoredProduct], where: str, co
     starts = pa.concat_tables([product.file_starts for product in products])
     table = cache.answer(
         f"""select unhex(_clip) as _id, _num_valid, {rows}, c.* exclude (_clip, _num_valid)
-            from (select c.clip_id as _clip, c.num_valid::int as _num_valid{chosen}
+            from (select c.clip_id as _clip, c.num_valid::bigint as _num_valid{chosen}
                   from {CLIPS_WITH_VIDEOS} c where ({where}\n)) c {joins} order by _row_0""",
         file_starts=starts,
     )

@@ -71,19 +71,16 @@ class ClipOrder:
         if self.shuffle == "global":
             return permuted(positions_N, size, key)
         run = min(self.run, size)
-        num_runs, window = size // run, max(1, self.window // run) * run
-        windows_N = np.minimum(positions_N // window, max(0, -(-size // window) - 1))
-        within_N, found_N = positions_N - windows_N * window, np.empty_like(positions_N)
-        last = windows_N.max(initial=0) * window + window > size  # the last window may be shorter
-        for is_last in (False, True) if last else (False,):
-            chosen = np.flatnonzero((windows_N * window + window > size) == is_last)
-            begin = windows_N[chosen] * window
-            width = size - int(begin[0]) if is_last and len(chosen) else window
-            found_N[chosen] = begin + permuted(within_N[chosen], width, key_of(self.seed, epoch, source, begin))
-        whole = np.flatnonzero(found_N < num_runs * run)  # what is left over stays in the last window
-        runs_N, rest_N = np.divmod(found_N[whole], run)
-        found_N[whole] = permuted(runs_N, num_runs, key) * run + rest_N
-        return found_N
+        window = max(1, self.window // run) * run
+        begins_N, found_N = positions_N // window * window, np.empty_like(positions_N)
+        for begin in np.unique(begins_N).tolist():
+            chosen = np.flatnonzero(begins_N == begin)
+            inner = key_of(self.seed, epoch, source, begin)
+            found_N[chosen] = begin + permuted(positions_N[chosen] - begin, min(window, size - begin), inner)
+        runs_N, rest_N = np.divmod(found_N, run)
+        num_runs = size // run  # clips that are left over stay at the end
+        moved_N = permuted(np.minimum(runs_N, num_runs - 1), num_runs, key) * run + rest_N
+        return np.where(runs_N < num_runs, moved_N, found_N)
 
 
 def shares(weights: Sequence[float], total: int) -> np.ndarray:

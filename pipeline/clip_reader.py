@@ -175,13 +175,13 @@ def _as_tensor(planes: Mapping[str, np.ndarray], layout: TokenLayout, product: S
         return values.view(torch.bfloat16) if layout.dtype == "bfloat16" else values
     if layout.high_bits:
         return torch.from_numpy(from_planes(planes, layout))
-    stored = [torch.from_numpy(plane).view(torch.uint16) for plane in planes.values()]
+    stored = [torch.from_numpy(plane.view("<u2")) for plane in planes.values()]
     if not layout.levels:
-        return stored[0].view(-1, *layout.shape)
+        return stored[0].view(len(stored[0]), *layout.shape)
     together = torch.cat(stored, dim=1)
     if len(layout.shape) == 1:
         return together
-    return together.view(-1, len(layout.levels), *layout.levels[0]).movedim(1, -1)
+    return together.view(len(together), len(layout.levels), *layout.levels[0]).movedim(1, -1)
 
 
 class MaskFiles:

@@ -1,6 +1,7 @@
 """The commit of a shard: the files of a product are published, then its manifest is created if it is absent."""
 
 import logging
+import os
 import socket
 import time
 from collections import Counter
@@ -82,8 +83,8 @@ def publish_shard(
 
 
 def publish_file(folder: Folder, path: str, prefix: str, num_rows: int) -> FileEntry:
-    """Publish a finished local file of a product as ``<prefix>-<digest>.parquet``."""
-    rest_sha256 = rest_digest(path) if holds_values(prefix) else None
+    """Publish a finished local file of a shard; `prefix` is ``<product>/<shard>``."""
+    rest_sha256 = rest_digest(path) if holds_values(os.path.dirname(prefix)) else None
     return replace(folder.publish(path, prefix, num_rows), rest_sha256=rest_sha256)
 
 

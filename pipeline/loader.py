@@ -23,9 +23,9 @@ from .stored_product import StoredProduct, stored_product
 
 Batch = dict[str, Any]
 
-BLOCK_BYTES = 16 << 20  # that are read at once
-MOST_BLOCK_STEPS = 256
+BLOCK_BYTES = 8 << 20  # that are read at once
 BLOCKS_AHEAD = 2
+PLANNED_CLIPS = 8192  # at once, of one rank
 STATE_VERSION = 1
 ACCEPTED = {
     "shuffle": ("none", "window", "global"),
@@ -259,20 +259,41 @@ class TokenLoader(IterableDataset[Batch]):
             self._step, self._hint = 0, (0, 0)
 
     def _blocks(self, epoch: int, first: int, stride: int) -> Iterator[_Block]:
-        """Blocks of batches, the next ones being read by a thread; the first ones are short, so that they come soon."""
-        most = max(1, min(MOST_BLOCK_STEPS, BLOCK_BYTES // max(1, self._bytes_per_step())))
+        """Blocks of batches, the next ones being read by a thread."""
+        reading = self._read_blocks(epoch, first, stride)
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
             ahead: deque[Future[_Block | None]] = deque()
-            length = 1
             while True:
                 while len(ahead) < BLOCKS_AHEAD:
-                    steps_S = np.arange(first, first + length * stride, stride)
-                    ahead.append(thread.submit(self._block, epoch, steps_S))
-                    first, length = first + length * stride, min(2 * length, most)
+                    ahead.append(thread.submit(next, reading, None))
                 block = ahead.popleft().result()
                 if block is None:
                     return
                 yield block
+
+    def _read_blocks(self, epoch: int, first: int, stride: int) -> Iterator[_Block]:
+        """Blocks of batches of this rank. Many steps are planned at once, and read in shares that a CPU's cache holds;
+        the first ones are few, so that they come soon.
+        """
+        bytes_per_step, num_steps = max(1, self._bytes_per_step()), 1
+        per_block = max(1, BLOCK_BYTES // bytes_per_step)
+        most = max(1, PLANNED_CLIPS * self.world_size // self._batch_size)
+        while True:
+            steps_S = np.arange(first, first + num_steps * stride, stride)
+            planned = self._plan.positions(epoch, steps_S, self.rank, self.world_size)
+            if planned is None:
+                return
+            hint = self._plan.hint(epoch) if isinstance(self._plan, BudgetPlan) else (0, 0)
+            sources_N, clips_N = self._order.clips(epoch, planned.positions_N)
+            small, begin = self._small(sources_N, clips_N), 0
+            for block in range(0, len(planned.ends_S), per_block):
+                ends_S = planned.ends_S[block : block + per_block]
+                span = slice(begin, int(ends_S[-1]))
+                values, kept_N = self._read(sources_N[span], clips_N[span])
+                batches = self._batches(values, small, kept_N + begin, ends_S)
+                yield _Block(batches, hint, span.stop - begin - len(kept_N))
+                begin = span.stop
+            first, num_steps = first + num_steps * stride, min(2 * num_steps, most)
 
     def _bytes_per_step(self) -> int:
         """Of one rank, about."""
@@ -282,18 +303,6 @@ class TokenLoader(IterableDataset[Batch]):
             clips = self._token_budget / max(1.0, float(self._readers[0].tokens(slice(None)).mean()))
             return math.ceil(share * per_clip * clips)
         return share * per_clip
-
-    def _block(self, epoch: int, steps_S: np.ndarray) -> _Block | None:
-        """The batches of this rank in some steps; None where the epoch has ended."""
-        planned = self._plan.positions(epoch, steps_S, self.rank, self.world_size)
-        if planned is None:
-            return None
-        hint = self._plan.hint(epoch) if isinstance(self._plan, BudgetPlan) else (0, 0)
-        sources_N, clips_N = self._order.clips(epoch, planned.positions_N)
-        values, kept_N = self._read(sources_N, clips_N)
-        ends_S = np.searchsorted(kept_N, planned.ends_S)
-        batches = self._batches(values, sources_N[kept_N], clips_N[kept_N], ends_S)
-        return _Block(batches, hint, len(clips_N) - len(kept_N))
 
     def _read(self, sources_N: np.ndarray, clips_N: np.ndarray) -> tuple[dict[str, Values], np.ndarray]:
         """The values of clips of several sources, and which of the clips these are."""
@@ -314,46 +323,49 @@ class TokenLoader(IterableDataset[Batch]):
         return values, kept_N
 
     def _batches(
-        self, values: Mapping[str, Values], sources_N: np.ndarray, clips_N: np.ndarray, ends_S: np.ndarray
+        self, values: Mapping[str, Values], small: Mapping[str, Any], kept_N: np.ndarray, ends_S: np.ndarray
     ) -> list[Batch]:
-        """The clips of a block, divided into steps."""
-        ids, num_valid, columns = self._small(sources_N, clips_N)
-        is_mixture, sources = len(self._readers) > 1, torch.from_numpy(sources_N)
-        batches, begin = [], 0
+        """The clips of a block, divided into steps; `small` are ids and columns of all clips that were planned."""
+        if len(kept_N) and kept_N[-1] - kept_N[0] + 1 > len(kept_N):  # some were left out
+            small = {name: _chosen(column, kept_N) for name, column in small.items()}
+            ends_S = np.searchsorted(kept_N, ends_S)
+            first = 0
+        else:
+            first = int(kept_N[0]) if len(kept_N) else 0
+        batches, begin = [], first
         for end in ends_S.tolist():
-            batch: Batch = {"clip_id": ids[begin:end], "num_valid": num_valid[begin:end]}
+            batch: Batch = {name: column[begin:end] for name, column in small.items()}
             for name, one in values.items():
-                batch[name] = one.part(begin, end)
-            for name, column in columns.items():
-                batch[name] = column[begin:end]
-            if is_mixture:
-                batch["source"] = sources[begin:end]
+                batch[name] = one.part(begin - first, end - first)
             batches.append(batch)
             begin = end
         return batches
 
-    def _small(self, sources_N: np.ndarray, clips_N: np.ndarray) -> tuple[list[str], torch.Tensor, dict[str, Any]]:
+    def _small(self, sources_N: np.ndarray, clips_N: np.ndarray) -> dict[str, Any]:
         """Ids, numbers of real frames, and columns of clips."""
         if len(self._readers) == 1:
-            clips = self._readers[0].clips
-            columns = {name: clips.column(name, clips_N) for name in self._columns}
-            return clips.ids(clips_N), torch.from_numpy(clips.num_valid[clips_N].astype(np.int64)), columns
-        ids, num_valid = [""] * len(clips_N), torch.empty(len(clips_N), dtype=torch.int64)
-        columns: dict[str, Any] = {name: [None] * len(clips_N) for name in self._columns}
-        for source, reader in enumerate(self._readers):
-            chosen = np.flatnonzero(sources_N == source)
-            num_valid[torch.from_numpy(chosen)] = torch.from_numpy(reader.clips.num_valid[clips_N[chosen]]).long()
-            for place, one in zip(chosen.tolist(), reader.clips.ids(clips_N[chosen]), strict=True):
-                ids[place] = one
-            for name in self._columns:
-                for place, one in zip(chosen.tolist(), reader.clips.column(name, clips_N[chosen]), strict=True):
-                    columns[name][place] = one
-        return ids, num_valid, {name: _as_numbers(column) for name, column in columns.items()}
+            return self._readers[0].clips.small(clips_N, self._columns)
+        parts = [np.flatnonzero(sources_N == source) for source in range(len(self._readers))]
+        found = [
+            reader.clips.small(clips_N[part], self._columns) for part, reader in zip(parts, self._readers, strict=True)
+        ]
+        order_N = np.argsort(np.concatenate(parts))
+        columns = {name: _chosen(_together([one[name] for one in found]), order_N) for name in found[0]}
+        return {**columns, "source": torch.from_numpy(sources_N)}
 
 
-def _as_numbers(column: list[Any]) -> Any:
-    """A column of a mixture as one cache alone would give it."""
-    return torch.stack(column) if column and all(isinstance(one, torch.Tensor) for one in column) else column
+def _together(parts: list[Any]) -> Any:
+    """A column of several caches: a tensor where all have numbers."""
+    if all(isinstance(part, torch.Tensor) for part in parts):
+        return torch.cat(parts)
+    return [one for part in parts for one in part]
+
+
+def _chosen(column: Any, places_N: np.ndarray) -> Any:
+    """Some rows of a column."""
+    if isinstance(column, torch.Tensor):
+        return column[torch.from_numpy(places_N)]
+    return [column[i] for i in places_N.tolist()]
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

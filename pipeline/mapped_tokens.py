@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from ..schemas.errors import CacheError
-from .address_range import AddressRange, pages
+from .address_range import AddressRange, Buffers, pages
 from .byte_ranges import ByteRange, opened, read_ranges
 from .local_cache import LocalCache
 from .row_groups import ranges_between, read_values
@@ -62,7 +62,7 @@ class MappedTokens:
         groups, shape = self._groups, (len(self._columns), len(self._begins_G))
         self._folder, self._pid, self._lock = folder, os.getpid(), threading.Lock()
         self._ready, self._checked, self._is_alone = (np.zeros(shape, bool) for _ in range(3))
-        self._damaged_G = np.zeros(shape[1], bool)
+        self._damaged_G, self._is_all_ready = np.zeros(shape[1], bool), False
         self._mapped: dict[int, int] = {}  # the size of what is mapped, by place
         self._mapped_alone_bytes = 0
         paged_F = pages(groups.sizes_F) if folder.is_local else np.zeros_like(groups.sizes_F)
@@ -76,7 +76,7 @@ class MappedTokens:
             in_files_G = self._file_places_F[groups.files_G] + offsets_G
             self._places[i] = np.where(self._is_alone[i], total + np.cumsum(paged_G) - paged_G, in_files_G)
             total += int(paged_G.sum())
-        self._range = AddressRange(total)
+        self._range, self._buffers = AddressRange(total), Buffers()
         self._checked_files: set[int] = set()
 
     def read(
@@ -91,7 +91,7 @@ class MappedTokens:
             if self._pid != os.getpid() and not self._folder.is_local:  # clients of stores do not survive a fork
                 self._use(Folder(self._folder.url))
             groups_N = np.searchsorted(self._groups.value_ends_G, firsts_N, side="right")
-            if self._ready[:, groups_N].all():
+            if self._is_all_ready or self._ready[:, groups_N].all():
                 return self._gathered(groups_N, firsts_N, counts_N), np.zeros(len(firsts_N), bool)
             return self._read_new(groups_N, firsts_N, counts_N, skip_damaged=skip_damaged)
 
@@ -127,7 +127,8 @@ class MappedTokens:
             places_N = self._places[i, groups_N] + (firsts_N - self._begins_G[groups_N]) * width
             if counts_N is not None:
                 places_N = runs(places_N, counts_N, width)
-            found[column] = self._range.gather(places_N, width)
+            found[column] = self._buffers.take(len(places_N), width)
+            self._range.gather(places_N, found[column])
         return found
 
     def _parts(self, groups: np.ndarray) -> Iterator[np.ndarray]:
@@ -155,6 +156,7 @@ class MappedTokens:
             part = part[~self._damaged_G[part]]
             new = [(i, g) for i in range(len(self._columns)) for g in part[~self._ready[i, part]].tolist()]
             self._note(pool.map(self._prepare_group, new), skip_damaged=skip_damaged)
+        self._is_all_ready = bool(self._ready.all())
 
     def _note(self, problems: Iterable[tuple[np.ndarray, str] | None], *, skip_damaged: bool) -> None:
         for groups, problem in filter(None, problems):
@@ -289,7 +291,7 @@ class MappedTokens:
             self._range.unmap(place, size)
         self._mapped.clear()
         self._mapped_alone_bytes = 0
-        self._ready[:] = False
+        self._ready[:] = self._is_all_ready = False
 
 
 def runs(firsts_N: np.ndarray, counts_N: np.ndarray, step: int = 1) -> np.ndarray:
