@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .jobs.opening import open_cache
     from .pipeline.cache import TokenCache
+    from .pipeline.dataset import TokenDataset
     from .pipeline.loader import TokenLoader
     from .tokenizers.load import load_tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["TokenCache", "TokenLoader", "__version__", "load_tokenizer", "open_cache"]
+__all__ = ["TokenCache", "TokenDataset", "TokenLoader", "__version__", "load_tokenizer", "open_cache"]
 
 _ADDRESSES = {
     "TokenCache": ".pipeline.cache",
     "open_cache": ".jobs.opening",
+    "TokenDataset": ".pipeline.dataset",
     "TokenLoader": ".pipeline.loader",
     "load_tokenizer": ".tokenizers.load",
 }

@@ -92,6 +92,10 @@ class ClipList:
         names = json.loads(self._table.schema.metadata[b"tokenmill.columns"])
         return list(names)
 
+    def id(self, clip: int) -> str:
+        """The id of one clip."""
+        return self._ids[clip].tobytes().hex()
+
     def small(self, clips_N: np.ndarray, columns: Sequence[str]) -> dict[str, Any]:
         """What a batch has of clips besides tokens: ``clip_id``, ``num_valid`` and `columns`."""
         return {

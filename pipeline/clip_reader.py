@@ -20,6 +20,7 @@ from .stored_product import StoredProduct
 from .token_file import LOW, TokenLayout, from_planes
 
 MOST_MASK_FILES = 16
+_CODES = np.dtype("<u2")
 MASK_BYTES = 1 << 20  # of the masks of a clip, about
 
 
@@ -130,6 +131,19 @@ class ClipReader:
             total += per_value * (1.0 if counts is None else float(counts.mean()))
         return int(total)
 
+    def read_one(self, clip: int) -> dict[str, Any]:
+        """The values of one clip in every product: a grid, masks, or vectors (N,d); CacheError where it is damaged."""
+        found: dict[str, Any] = {}
+        for i, (name, product) in enumerate(self._products.items()):
+            first, counts = int(self.clips.firsts[i][clip]), self.clips.counts[i]
+            if product.kind == "masks":
+                found[name] = self._masks.read(product, np.array([first]), skip_damaged=False)[0].values[0]
+            else:
+                planes = self._tokens[name].read_one(first, 1 if counts is None else int(counts[clip]))
+                values = _as_array(planes, self._layouts[name], product)
+                found[name] = _as_tensor(values[0] if counts is None else values, self._layouts[name])
+        return found
+
     def read(self, clips_N: np.ndarray, *, skip_damaged: bool = False) -> tuple[dict[str, Values], np.ndarray]:
         """The values of clips in every product, and which of the clips (N,) these are: damaged ones are left out.
 
@@ -144,7 +158,8 @@ class ClipReader:
                 found[name], damaged = self._masks.read(product, firsts_N, skip_damaged=skip_damaged)
             else:
                 planes, damaged = self._tokens[name].read(firsts_N, counts_N, skip_damaged=skip_damaged)
-                found[name] = Values(_as_tensor(planes, self._layouts[name], product), counts_N)
+                layout = self._layouts[name]
+                found[name] = Values(_as_tensor(_as_array(planes, layout, product), layout), counts_N)
             damaged_N |= damaged
         if damaged_N.any():  # seldom: once more, without them
             kept_N = np.flatnonzero(~damaged_N)
@@ -166,22 +181,23 @@ def _columns(product: StoredProduct, layout: TokenLayout) -> list[str]:
     return list(layout.widths) if product.kind == "grid" else list(product.widths)
 
 
-def _as_tensor(planes: Mapping[str, np.ndarray], layout: TokenLayout, product: StoredProduct) -> torch.Tensor:
+def _as_array(planes: Mapping[str, np.ndarray], layout: TokenLayout, product: StoredProduct) -> np.ndarray:
     """Values as they are stored, without a copy where one column holds them: codes uint16, or int32 of two columns."""
     if product.kind == "packed":
         planes = {LOW: next(iter(planes.values()))}
-    if layout.codebook_size is None:
-        values = torch.from_numpy(from_planes(planes, layout))
-        return values.view(torch.bfloat16) if layout.dtype == "bfloat16" else values
-    if layout.high_bits:
-        return torch.from_numpy(from_planes(planes, layout))
-    stored = [torch.from_numpy(plane.view("<u2")) for plane in planes.values()]
+    if layout.codebook_size is None or layout.high_bits:
+        return from_planes(planes, layout)
     if not layout.levels:
-        return stored[0].view(len(stored[0]), *layout.shape)
-    together = torch.cat(stored, dim=1)
+        return planes[LOW].view(_CODES).reshape(len(planes[LOW]), *layout.shape)
+    together = np.concatenate([plane.view(_CODES) for plane in planes.values()], axis=1)
     if len(layout.shape) == 1:
         return together
-    return together.view(len(together), len(layout.levels), *layout.levels[0]).movedim(1, -1)
+    return np.moveaxis(together.reshape(len(together), len(layout.levels), *layout.levels[0]), 1, -1)
+
+
+def _as_tensor(values: np.ndarray, layout: TokenLayout) -> torch.Tensor:
+    tensor = torch.from_numpy(values)
+    return tensor.view(torch.bfloat16) if layout.dtype == "bfloat16" else tensor
 
 
 class MaskFiles:

@@ -91,10 +91,7 @@ class TokenLoader(IterableDataset[Batch]):
         self._token_budget = token_budget
         self._batch_size = batch_size or (self.world_size if token_budget else 0)
         self._check(names, weights, window, shuffle=shuffle, tail=tail, on_damage=on_damage)
-        expressions = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
-        taken = {"clip_id", "num_valid", "source", *names} & set(expressions)
-        if taken:
-            raise CacheError(f"columns: {', '.join(sorted(taken))} would be twice in a batch: give them other names")
+        expressions = check_columns(columns, names)
         local = local or LocalCache()
         self._columns, self._pin, self._skip = list(expressions), pin_memory, on_damage == "skip"
         self._readers: list[ClipReader] = []
@@ -352,6 +349,14 @@ class TokenLoader(IterableDataset[Batch]):
         order_N = np.argsort(np.concatenate(parts))
         columns = {name: _chosen(_together([one[name] for one in found]), order_N) for name in found[0]}
         return {**columns, "source": torch.from_numpy(sources_N)}
+
+
+def check_columns(columns: Sequence[str] | Mapping[str, str], products: Sequence[str]) -> dict[str, str]:
+    """SQL expressions by name; CacheError where a name is taken."""
+    expressions = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
+    if taken := {"clip_id", "num_valid", "source", *products} & set(expressions):
+        raise CacheError(f"columns: {', '.join(sorted(taken))} would be twice in a batch: give them other names")
+    return expressions
 
 
 def _together(parts: list[Any]) -> Any:
