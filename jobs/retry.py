@@ -26,11 +26,11 @@ def retry_cache(cache: str, overrides: list[str], display: Display) -> Status | 
 
     Returns the account of the cache; None where there is nothing to retry.
     """
-    recipe, info = _recipe_of(cache, overrides)
+    recipe, info = recipe_of_cache(cache, overrides)
     check_executor(recipe)
     recipe = settled(recipe)
     worker = build_driver_worker(recipe)
-    _refuse_other_versions(worker, info)
+    refuse_other_versions(worker, info)
     retries = plan_retries(worker.folder, recipe, worker.fingerprints)
     plans = plans_of(worker.folder)
     videos = unreadable_videos(worker.folder, plans)
@@ -45,7 +45,7 @@ def retry_cache(cache: str, overrides: list[str], display: Display) -> Status | 
     return make_missing(recipe, worker, display)
 
 
-def _recipe_of(cache: str, overrides: list[str]) -> tuple[Recipe, CacheInfo]:
+def recipe_of_cache(cache: str, overrides: list[str]) -> tuple[Recipe, CacheInfo]:
     """The recipe of all that the cache holds, wherever it lies now, and the cache's head."""
     storage: dict = {"storage": {}}  # never stored, and needed to read the rest
     for change in overrides:
@@ -59,8 +59,8 @@ def _recipe_of(cache: str, overrides: list[str]) -> tuple[Recipe, CacheInfo]:
     return parse_recipe(data), info
 
 
-def _refuse_other_versions(worker: Worker, info: CacheInfo) -> None:
-    """A retry adds to the products that are there; it never begins new versions."""
+def refuse_other_versions(worker: Worker, info: CacheInfo) -> None:
+    """CacheError where `worker` would begin a new version: retries and repairs add to the products that are there."""
     for product, version in worker.fingerprints.items():
         if product not in info.products or info.products[product].fingerprint != version:
             raise CacheError(

@@ -1,6 +1,6 @@
 """tokenmill verify: is what the plans, manifests and snapshots say really there?"""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,7 +17,18 @@ from ..schemas.cache_info import CacheInfo
 from ..schemas.digest import digest_of_stream
 from ..schemas.errors import CacheError, StorageError
 from ..schemas.plan import PLAN_REMEDY
-from ..schemas.shard import CLIPS, EMBEDDINGS, FRAMES, SHORT_DIGEST, TOKENS, WEBDATASET, FileEntry, is_of_frames
+from ..schemas.shard import (
+    CLIPS,
+    EMBEDDINGS,
+    FRAMES,
+    SHORT_DIGEST,
+    TOKENS,
+    WEBDATASET,
+    FileEntry,
+    ShardManifest,
+    is_of_frames,
+)
+from .display import showing
 from .mask_quality import measure_masks
 from .quality import measure_quality
 from .retokenize import retokenize_sample
@@ -54,7 +65,8 @@ def verify_cache(
     state = live_state(opened.folder)
     problems: list[str] = []
     files = list(named_files(opened.folder, state, problems))
-    problems += damaged_files(opened.folder, files) if deep else missing_files(opened.folder, files)
+    bad = damaged_files(opened.folder, files) if deep else missing_files(opened.folder, files)
+    problems += [f"{named.file.name}: {found}; {named.remedy}" for named, found in bad]
     how = "read against their SHA-256 and row counts" if deep else "looked up by name and size"
     print(f"files: {len(files)} {how}, {len(problems)} problems")
     problems += relevance_problems(opened.folder, deep=deep)
@@ -79,46 +91,76 @@ def verify_cache(
     return problems
 
 
+def verify_as_json(verify: Callable[[], list[str]]) -> list[str]:
+    """The problems that `verify` returns, each also as a JSON line; what it prints goes to standard error."""
+    with showing(log_json=True) as display:
+        problems = verify()
+        for problem in problems:
+            display.event("problem", problem=problem)
+        display.event("verified", problems=len(problems))
+    return problems
+
+
 def named_files(folder: Folder, state: CacheState, problems: list[str]) -> Iterator[NamedFile]:
-    """Every file that a plan, a manifest of any version, or a snapshot names; snapshots that cannot be read are
+    """Every file that a plan, a manifest of any version, or a snapshot names, once; snapshots that cannot be read are
     added to `problems`.
     """
     for plan in state.plans:
         yield NamedFile(file=plan.record.clips, remedy=PLAN_REMEDY)
         yield NamedFile(file=plan.record.videos, remedy=PLAN_REMEDY)
-    current = {manifest.name for manifest in state.manifests}
-    manifests = {manifest.name: manifest for manifest in read_all(folder)}
+    live = read_all(folder)
+    current, there = {manifest.name for manifest in state.manifests}, {manifest.name for manifest in live}
+    seen: set[str] = set()
+    for manifest in live:
+        seen |= {file.name for file in manifest.files}
+        remedy = repair_remedy(manifest) if manifest.name in current else _old_remedy(manifest, state.info, there)
+        yield from (NamedFile(file=file, remedy=remedy) for file in manifest.files)
+    for manifest in _pinned(folder, problems):
+        files = [file for file in manifest.files if file.name not in seen]
+        seen |= {file.name for file in files}
+        yield from (NamedFile(file=file, remedy=_old_remedy(manifest, state.info, there)) for file in files)
+
+
+def _pinned(folder: Folder, problems: list[str]) -> Iterator[ShardManifest]:
+    """The manifests of all snapshots; those that cannot be read are added to `problems`."""
     for number in snapshot_numbers(folder):
         try:
-            pinned = pinned_manifests(folder, read_snapshot(folder, number))
+            yield from pinned_manifests(folder, read_snapshot(folder, number))
         except (CacheError, StorageError) as error:
             problems.append(str(error))
-            continue
-        manifests |= {manifest.name: manifest for manifest in pinned if manifest.name not in manifests}
-    for name, manifest in manifests.items():
-        remedy = f"to make it again, delete it and {name}, and run the recipe"
-        if name not in current:
-            remedy = f"{manifest.product} has another version now: only old snapshots need it"
-        yield from (NamedFile(file=file, remedy=remedy) for file in manifest.files)
 
 
-def missing_files(folder: Folder, files: Iterable[NamedFile]) -> Iterator[str]:
-    """One line for every file that is absent or has another size, from one listing."""
+def repair_remedy(manifest: ShardManifest) -> str:
+    """What to do about a damaged file of a shard that is committed in its product's current version."""
+    return f"--repair makes it again, or delete it and {manifest.name}, and run the recipe"
+
+
+def _old_remedy(manifest: ShardManifest, info: CacheInfo, there: set[str]) -> str:
+    """The same for a manifest that is not what is read now; `there` are those that are."""
+    if info.fingerprints.get(manifest.product) != manifest.fingerprint:
+        return f"{manifest.product} has another version now: only old snapshots need it"
+    if manifest.name in there:
+        return "its shard is made of other files now: only old snapshots need it"
+    return "its shard is not made now: --repair makes it, as running the recipe does"
+
+
+def missing_files(folder: Folder, files: Iterable[NamedFile]) -> Iterator[tuple[NamedFile, str]]:
+    """Every file that is absent or has another size, and what was found, from one listing."""
     sizes = {found.name: found.size_bytes for found in folder.find("")}
     for named in files:
         file, size_bytes = named.file, sizes.get(named.file.name)
         if size_bytes is None:
-            yield f"{file.name}: no such file; {named.remedy}"
+            yield named, "no such file"
         elif size_bytes != file.size_bytes:
-            yield f"{file.name}: {size_bytes} bytes, committed {file.size_bytes}; {named.remedy}"
+            yield named, f"{size_bytes} bytes, committed {file.size_bytes}"
 
 
-def damaged_files(folder: Folder, files: Iterable[NamedFile]) -> Iterator[str]:
-    """One line for every file that is absent or not what was committed, having read them all."""
+def damaged_files(folder: Folder, files: Iterable[NamedFile]) -> Iterator[tuple[NamedFile, str]]:
+    """Every file that is absent or not what was committed, and what was found, having read them all."""
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="verify") as pool:
         for named, problem in pool.map(lambda named: (named, _check_file(folder, named.file)), files):
             if problem:
-                yield f"{named.file.name}: {problem}; {named.remedy}"
+                yield named, problem
 
 
 def _check_file(folder: Folder, file: FileEntry) -> str | None:
@@ -161,11 +203,11 @@ def account_problems(state: CacheState) -> Iterator[str]:
         )
         if account.num_missing < 0:
             yield f"{counts}: {-account.num_missing} clips too many: some were committed twice"
-        elif account.num_missing and account.product in _asked(state.info):
+        elif account.num_missing and account.product in asked_products(state.info):
             yield f"{counts}: {account.num_missing} clips are missing; run the recipe again"
 
 
-def _asked(info: CacheInfo) -> set[str]:
+def asked_products(info: CacheInfo) -> set[str]:
     """The products that the last recipe makes: those of older recipes may lag behind."""
     recipe, asked = info.recipe, {CLIPS}
     format = recipe["shards"]["format"]

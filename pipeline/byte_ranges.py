@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
-from ..schemas.errors import CacheError
+from ..schemas.errors import REPAIR_REMEDY, CacheError
 from .storage import Folder, storage_errors
 
 MERGED_BYTES = 64 << 20  # that are read at once, at most
@@ -59,7 +59,7 @@ def read_ranges(folder: Folder, ranges: Sequence[ByteRange]) -> tuple[list[bytes
         if len(data) != whole.size:
             raise CacheError(
                 f"{folder.uri(whole.name)}: {whole.size} bytes were asked for at {whole.offset}, found {len(data)}:"
-                f" tokenmill verify lists what is damaged; delete the file's manifest and run the recipe again"
+                f" {REPAIR_REMEDY}"
             )
         for i in indices:
             begin = ranges[i].offset - whole.offset

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..schemas.errors import CacheError
+from ..schemas.errors import REPAIR_REMEDY, CacheError
 from ..schemas.masks import ClipMasks, SegmenterSpec
 from ..schemas.tables import FORMAT_KEY, MASK_SCHEMA, check_format, with_format
 from .label_codec import pack_planes, unpack_planes
@@ -145,10 +145,7 @@ class MaskFile:
             graph = unpack_planes(stored["graph"], (1, stored["num_trajectories"], stored["num_frames"]))[0]
             masks_THW = unpack_planes(stored["masks"], shape)
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise CacheError(
-                f"{self._name}: row {row} is damaged ({error}): tokenmill verify lists what is damaged; delete the"
-                f" file's manifest and run the recipe again"
-            ) from None
+            raise CacheError(f"{self._name}: row {row} is damaged ({error}): {REPAIR_REMEDY}") from None
         return ClipMasks(masks_THW=masks_THW, graph_MT=graph.astype(np.int64), num_valid=stored["num_valid"])
 
     def stored(self, row: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..schemas.errors import CacheError
+from ..schemas.errors import REPAIR_REMEDY, CacheError
 from ..schemas.tables import FORMAT_KEY, check_format, with_format
 
 ROW_GROUP_BYTES = 4 << 20
@@ -316,7 +316,7 @@ class TokenFile:
         if self._checksums and zlib.crc32(plane.data) != self._checksums[name][group]:
             raise CacheError(
                 f"{self._name}: row group {group} of column {name} is damaged (its CRC-32 does not match):"
-                f" tokenmill verify lists what is damaged; delete the file's manifest and run the recipe again"
+                f" {REPAIR_REMEDY}"
             )
         self._checked.add((group, name))
 

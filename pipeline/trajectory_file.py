@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..schemas.errors import CacheError
+from ..schemas.errors import REPAIR_REMEDY, CacheError
 from ..schemas.tables import TRAJECTORY_TOKENS_SCHEMA, with_format
 from ..schemas.tokens import TrajectoryTokens
 from .label_codec import pack_planes, unpack_planes
@@ -193,7 +193,7 @@ class TrajectoryFile:
         try:
             assignment_Thw = unpack_planes(small["assignment"], tuple(small["assignment_shape"]))
         except ValueError as error:
-            raise CacheError(f"{self._name}: row {row}: {error}: tokenmill verify lists what is damaged") from None
+            raise CacheError(f"{self._name}: row {row}: {error}: {REPAIR_REMEDY}") from None
         return TrajectoryTokens(
             values_Nd=values_Nd,
             slots_N=np.array(small["slots"], np.int64),
@@ -210,10 +210,7 @@ class TrajectoryFile:
             columns = TRAJECTORY_TOKENS_SCHEMA.names
             return self._parquet.read_row_group(group, columns=columns, use_threads=False).to_pylist()
         except (OSError, pa.ArrowException) as error:
-            raise CacheError(
-                f"{self._name}: row group {group} is damaged ({error}): tokenmill verify lists what is damaged; delete"
-                f" the file's manifest and run the recipe again"
-            ) from None
+            raise CacheError(f"{self._name}: row group {group} is damaged ({error}): {REPAIR_REMEDY}") from None
 
     def _open(self, group: int, *, verify: bool) -> np.ndarray:
         """All tokens (n, width) of a row group."""
@@ -228,6 +225,6 @@ class TrajectoryFile:
         if verify and self._checksums and zlib.crc32(values.data) != self._checksums[group]:
             raise CacheError(
                 f"{self._name}: row group {group} of column {LOW} is damaged (its CRC-32 does not match):"
-                f" tokenmill verify lists what is damaged; delete the file's manifest and run the recipe again"
+                f" {REPAIR_REMEDY}"
             )
         return values

@@ -15,6 +15,9 @@ The command line prints it and exits; a traceback is a bug of ours.
 
 import difflib
 
+# What to do about a damaged file that a manifest names.
+REPAIR_REMEDY = "tokenmill verify CACHE --deep --repair makes it again"
+
 
 class TokenmillError(Exception):
     """Base of every error that a user can act on."""

@@ -52,8 +52,10 @@ def test_absent_and_torn_files_are_seen_without_reading(tokenmill: Command, cach
     torn.write_bytes(torn.read_bytes()[:-1])
     absent.unlink()
     one, other = problems_of(tokenmill)
-    assert one.startswith(f"tokens/dct/{torn.name}: {size_bytes - 1} bytes, committed {size_bytes}; to make it again")
-    assert other.startswith(f"tokens/dct/{absent.name}: no such file; to make it again, delete it and manifests/")
+    assert one.startswith(f"tokens/dct/{torn.name}: {size_bytes - 1} bytes, committed {size_bytes}; --repair makes")
+    assert other.startswith(
+        f"tokens/dct/{absent.name}: no such file; --repair makes it again, or delete it and manifests/"
+    )
 
 
 @pytest.mark.parametrize("folder", ["tokens/dct", "clips", "plan"])

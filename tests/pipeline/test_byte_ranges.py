@@ -50,7 +50,7 @@ def test_ranges_that_touch_are_one_request(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_file_that_is_too_short_or_absent_is_named(store: Store) -> None:
     folder = folder_of(store)
-    with pytest.raises(CacheError, match=r"b: 10 bytes were asked for at 45, found 5: tokenmill verify lists"):
+    with pytest.raises(CacheError, match=r"b: 10 bytes were asked for at 45, found 5: tokenmill verify CACHE"):
         read_ranges(folder, [ByteRange("b", 45, 10)])
     with pytest.raises(StorageError, match="no such file"):
         read_ranges(folder, [ByteRange("c", 0, 1)])

@@ -69,9 +69,7 @@ def test_a_damaged_row_is_named_and_others_are_read(tmp_path: Path) -> None:
     data[column.data_page_offset + column.total_compressed_size // 2] ^= 1
     file = MaskFile(bytes(data), "file")
     file.read(0)
-    with pytest.raises(
-        CacheError, match=r"file: row 99 is damaged .*delete the file's manifest and run the recipe again"
-    ):
+    with pytest.raises(CacheError, match=r"file: row 99 is damaged .*: tokenmill verify CACHE --deep --repair makes"):
         file.read(99)
 
 
