@@ -164,15 +164,35 @@ def verify(
     truth: Annotated[
         str | None, typer.Option(metavar="NAME", help="With --quality: masks to compare all others with, as true ones.")
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="First make again what is damaged or missing, from its sources.")
+    ] = False,
+    overrides: Overrides = None,
+    log_json: LogJson = False,
 ) -> None:
-    """Check that every file that manifests, plans and snapshots name is there, and the account; exit code 1 if not."""
-    from .verify import verify_cache
+    """Check that every file that manifests, plans and snapshots name is there, and the account; exit code 1 if not.
+
+    With --repair what a listing shows as damaged, or with --deep what reading shows, is made again by the cache's own
+    recipe; exit codes 3 and 75 as run has them.
+    """
+    from .verify import verify_as_json, verify_cache
 
     for name, value in (("--lpips", lpips), ("--truth", truth)):
         if value and quality is None:
             raise typer.BadParameter("it is measured with --quality P", param_hint=name)
-    problems = verify_cache(cache, deep=deep, retokenize=retokenize, quality=quality, lpips=lpips, truth=truth)
-    raise typer.Exit(1 if problems else 0)
+    if overrides and not repair:
+        raise typer.BadParameter("it changes what --repair runs: give that too", param_hint="--set")
+    num_failed = 0
+    if repair:
+        from .display import showing
+        from .interruption import resumable
+        from .repair import repair_cache
+
+        with resumable(), showing(log_json=log_json) as display:
+            num_failed = repair_cache(cache, overrides or [], display, deep=deep)
+    check = partial(verify_cache, cache, deep=deep, retokenize=retokenize, quality=quality, lpips=lpips, truth=truth)
+    problems = verify_as_json(check) if log_json else check()
+    raise typer.Exit(1 if problems else 3 if num_failed else 0)
 
 
 @app.command()
@@ -186,16 +206,30 @@ def index(cache: CachePath) -> None:
 @app.command()
 def sql(
     cache: CachePath,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="One read-only query in DuckDB's SQL.")],
+    query: Annotated[
+        str | None, typer.Argument(metavar="QUERY", help="One read-only query in DuckDB's SQL; or give --named.")
+    ] = None,
+    named: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A saved query instead; an unknown name lists them.")
+    ] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A parameter of the saved query; repeatable.")
+    ] = None,
     format: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option(help="How to print it.")] = "table",
     output: Annotated[str | None, typer.Option("--output", "-o", help="File to write instead of printing.")] = None,
     max_rows: Annotated[int, typer.Option(help="Rows that a printed table shows.", min=1)] = 40,
     snapshot: PinnedAs = None,
 ) -> None:
     """Answer a query over videos, clips, tokens_<product>, frames, relevance, shards, failures, products and files."""
+    if (query is None) == (named is None):
+        raise typer.BadParameter("give a query, or --named NAME for a saved one: one of both", param_hint="QUERY")
+    if param and named is None:
+        raise typer.BadParameter("they are of saved queries: give --named NAME too", param_hint="--param")
     from .sql import print_answer
 
-    print_answer(cache, query, format, output, max_rows=max_rows, snapshot=snapshot)
+    print_answer(
+        cache, query, format, output, named=named, parameters=param or [], max_rows=max_rows, snapshot=snapshot
+    )
 
 
 app.command()(score)

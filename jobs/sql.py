@@ -2,24 +2,38 @@
 
 import sys
 import tempfile
+from collections.abc import Sequence
 
 import duckdb
 import pyarrow as pa
 from rich.markup import escape
 
 from ..pipeline.cache import open_cache
+from ..pipeline.named_queries import named_query
 from ..pipeline.storage import written_aside
-from ..schemas.errors import TokenmillError
+from ..schemas.errors import RecipeError, TokenmillError
 from .printing import new_table, output_console
 
 
 def print_answer(
-    cache: str, query: str, format: str, output: str | None, *, max_rows: int, snapshot: int | None = None
+    cache: str,
+    query: str | None,
+    format: str,
+    output: str | None,
+    *,
+    named: str | None = None,
+    parameters: Sequence[str] = (),
+    max_rows: int,
+    snapshot: int | None = None,
 ) -> None:
-    """Print the answer of one query as `format` (table, csv, json, parquet), or write it to the file `output`."""
+    """Print the answer of one query as `format` (table, csv, json, parquet), or write it to the file `output`.
+
+    The query is `query`, or the saved one called `named` with `parameters` (``key=value``).
+    """
     if format == "parquet" and output is None and sys.stdout.isatty():
         raise TokenmillError("--format parquet writes bytes: give --output FILE, or redirect the output")
-    answer = open_cache(cache, snapshot).sql(query)
+    opened = open_cache(cache, snapshot)
+    answer = named_query(opened, named, **_parsed(parameters)) if named is not None else opened.sql(query or "")
     if format == "table" and output is None:
         _print_table(answer, max_rows)
         return
@@ -30,6 +44,13 @@ def print_answer(
     else:
         with written_aside(output) as aside, open(aside, "wb") as stream:
             stream.write(data)
+
+
+def _parsed(parameters: Sequence[str]) -> dict[str, str]:
+    for one in parameters:
+        if not one.partition("=")[0] or "=" not in one:
+            raise RecipeError(f"--param {one!r}: accepted is key=value, for instance limit=50")
+    return {key: value for key, _, value in (one.partition("=") for one in parameters)}
 
 
 def _encoded(answer: pa.Table, format: str) -> bytes:

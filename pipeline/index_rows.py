@@ -10,6 +10,17 @@ from ..schemas.shard import ShardManifest
 from .account import ProductAccount
 from .plan_file import Plan
 
+# Of the tables that users do not see: `file` is the number of a file in this index.
+FILE_NUMBER = pa.field("file", pa.uint32())
+MANIFEST_SCHEMA = pa.schema(
+    [pa.field("name", pa.string()), pa.field("size_bytes", pa.int64()), pa.field("product", pa.string())]
+)
+INDEXED_PLAN_SCHEMA = pa.schema(
+    [pa.field("name", pa.string()), pa.field("clips", pa.string()), pa.field("videos", pa.string())]
+)
+RUN_SCHEMA = pa.schema([pa.field("part", pa.string()), pa.field("num_rows", pa.int64())])
+META_SCHEMA = pa.schema([pa.field("key", pa.string()), pa.field("value", pa.string())])
+
 FILE_SCHEMA = pa.schema(
     [
         pa.field("product", pa.string()),
@@ -99,6 +110,13 @@ def failed_rows(account: ProductAccount) -> list[dict]:
     return [
         {**asdict(clip.failure), "shard_id": clip.shard_id, "product": account.product}
         for clip in account.failed.values()
+    ]
+
+
+def failure_rows(manifest: ShardManifest) -> list[dict]:
+    """The clips that failed in a manifest's shard (FAILURE_SCHEMA), with the attempts of this shard alone."""
+    return [
+        {**asdict(failure), "shard_id": manifest.shard_id, "product": manifest.product} for failure in manifest.failures
     ]
 
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 from ..schemas.cache_info import CacheInfo
 from ..schemas.errors import CacheError
 from ..schemas.snapshot import Snapshot
-from .index import connect, ensure_index, file_uris
+from .index import open_index
 from .relevance_views import NAMES_RELEVANCE, AskedVector, create_relevance_views
 from .storage import Folder
-from .views import create_views
+from .views import Views
 
 _inherited: list[Any] = []  # connections of the process that this one was forked from: closing them would wait for it
 
@@ -29,6 +29,7 @@ class Session:
         self._connection: duckdb.DuckDBPyConnection | None = None
         self._sees_relevance = False
         self._asked = AskedVector(np.zeros(1, np.float32))
+        self._views: Views | None = None
 
     def sql(self, query: str, parameters: Sequence[Any] = ()) -> pa.Table:
         """As TokenCache.sql."""
@@ -58,7 +59,7 @@ class Session:
             for name, table in tables.items():
                 connection.register(name, table)
             try:
-                return connection.sql(query, params=list(parameters)).to_arrow_table()
+                return self._answer(connection, query, parameters)
             except duckdb.Error as error:
                 raise _failed(error) from None
             finally:
@@ -75,29 +76,38 @@ class Session:
                 raise _failed(error) from None
             self._sees_relevance = True
 
-    def _connected(self) -> duckdb.DuckDBPyConnection:
-        if self._pid != os.getpid():  # forked: the connection's threads have stayed with the parent
-            _inherited.append(self._connection)
-            self._connection, self._sees_relevance = None, False
-            self._lock, self._pid = threading.RLock(), os.getpid()
-        with self._lock:
-            self._connection = self._connection or self._connect()
-            return self._connection
-
-    def _connect(self) -> duckdb.DuckDBPyConnection:
-        index = ensure_index(self._folder, self._pinned)
-        connection = connect(self._folder)
-        quoted = index.replace("'", "''")
+    def _answer(self, connection: duckdb.DuckDBPyConnection, query: str, parameters: Sequence[Any]) -> pa.Table:
+        """The answer of a query once the views that it names are there."""
+        texts = [text for text in (query, *parameters) if isinstance(text, str)]
+        self._make_views(connection, texts)
         try:
-            connection.execute(f"attach '{quoted}' as idx (read_only); use idx")
-            files = {product: file_uris(connection, self._folder, product) for product in self._info.products}
-            create_views(connection, files, self._info, self._asked)
+            return connection.sql(query, params=list(parameters)).to_arrow_table()
+        except duckdb.CatalogException:  # a macro may need others; and what there is belongs into the error
+            self._make_views(connection, None)
+            return connection.sql(query, params=list(parameters)).to_arrow_table()
+
+    def _make_views(self, connection: duckdb.DuckDBPyConnection, texts: Sequence[str] | None) -> None:
+        """Make the views that these texts name, or all."""
+        self._views = self._views or Views(connection, self._folder, self._info, self._asked)
+        try:
+            self._views.make_all() if texts is None else self._views.make_named(texts)
         except duckdb.Error as error:
+            self._connection = self._views = None  # the views of a part may be there by halves
             reason = " ".join(str(error).partition("\n")[0].split())
             raise CacheError(
                 f"{self._folder.url}: a data file cannot be read ({reason}): tokenmill verify names what is damaged"
             ) from None
-        return connection
+
+    def _connected(self) -> duckdb.DuckDBPyConnection:
+        if self._pid != os.getpid():  # forked: the connection's threads have stayed with the parent
+            _inherited.append(self._connection)
+            self._connection, self._views, self._sees_relevance = None, None, False
+            self._lock, self._pid = threading.RLock(), os.getpid()
+        with self._lock:
+            if self._connection is None:
+                self._sees_relevance = False
+                self._connection = open_index(self._folder, self._pinned)
+            return self._connection
 
 
 def _failed(error: duckdb.Error) -> CacheError:

@@ -8,10 +8,17 @@ import pyarrow as pa
 
 
 def source_of(connection: duckdb.DuckDBPyConnection, name: str, uris: Sequence[str], schema: pa.Schema) -> str:
-    """What to select from: the files, or an empty table of their columns where there are none."""
+    """What to select from: the files, or an empty table of their columns where there are none.
+
+    A variable of the connection lists the files. As a part of the query 100,000 of them are parsed for a second each
+    time that a view is used; in a variable they take 25 ms.
+    """
     if uris:
-        listed = ", ".join("'" + uri.replace("'", "''") + "'" for uri in uris)
-        return f"read_parquet([{listed}])"
+        variable = f"files_of_{name}"
+        connection.register("listed_files", pa.table({"uri": pa.array(uris, pa.string())}))
+        connection.execute(f"set variable {variable} = (select list(uri) from listed_files)")
+        connection.unregister("listed_files")
+        return f"read_parquet(getvariable('{variable}'), hive_partitioning = false)"
     connection.register(f"none_in_{name}", schema.empty_table())
     return f"none_in_{name}"
 

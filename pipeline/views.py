@@ -1,5 +1,6 @@
 """The SQL views over token files, and the functions that turn stored bytes into lists of codes."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,39 +11,105 @@ from duckdb.func import ARROW
 from duckdb.sqltypes import BLOB, FLOAT, INTEGER
 
 from ..schemas.cache_info import CacheInfo, ProductInfo
-from ..schemas.shard import EMBEDDINGS, MASKS
+from ..schemas.shard import EMBEDDINGS, FRAMES, MASKS, TOKENS
 from ..schemas.tables import MASK_SCHEMA, TRAJECTORY_TOKENS_SCHEMA
 from .code_statistics import create_code_macros
+from .index import file_uris
+from .relevance import encoders_of
 from .relevance_views import AskedVector, create_frame_views
 from .sql_bytes import bytes_of, source_of
+from .storage import Folder
 from .store import TOKEN_ROWS_SCHEMA, embedding_layout
 from .token_file import HIGH, LEVEL, LOW, TokenLayout, from_planes
 
 # Clips and what a condition on them may also name.
 CLIPS_WITH_VIDEOS = """(select c.*, v.uri, v.caption, v.metadata from clips c left join videos v using (video_id))"""
 
+MACROS = "macros"
+CODE_MACROS = ("code_",)  # how their names begin; others are made when DuckDB does not know what a query names
+# How words begin in queries that are about all views, or about one whose name they make up.
+LISTS_VIEWS = ("information_schema", "duckdb_", "pg_", "sqlite_", "show", "pragma", "query_table")
 
-def create_views(
-    connection: duckdb.DuckDBPyConnection, files: Mapping[str, Sequence[str]], info: CacheInfo, asked: AskedVector
-) -> None:
-    """Temporary views: tokens_<name> per product, levels_<name> where tokens are codes, and tokens over all of them;
-    embeddings_<name>, masks, trajectories and video_trajectories; and the macros code_usage(name) and
-    code_statistics(name).
+
+class Views:
+    """The temporary views and macros of a connection to an index, each made when a query first names it:
+    tokens_<name> per product, levels_<name> where tokens are codes, and tokens over all of them; embeddings_<name>,
+    masks, trajectories and video_trajectories; frames, frames_<name> and scored_<name>; and macros over codes.
+
+    `made` are the parts that are there: the views of a product, those of a kind (TOKENS, MASKS, FRAMES), and MACROS.
     """
-    together = []
+
+    def __init__(
+        self, connection: duckdb.DuckDBPyConnection, folder: Folder, info: CacheInfo, asked: AskedVector
+    ) -> None:
+        self._connection, self._folder, self._info, self._asked = connection, folder, info, asked
+        self._names = _names_of_parts(info)
+        self.made: set[str] = set()
+
+    def make_named(self, texts: Sequence[str]) -> None:
+        """Make what a query may name, by the words of these texts: its own, and those of its parameters."""
+        words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
+        if any(word.startswith(LISTS_VIEWS) for word in words):
+            self.make_all()
+        if any(word.startswith(CODE_MACROS) for word in words):
+            self._make(MACROS)
+        for part, names in self._names.items():
+            if not words.isdisjoint(names):
+                self._make(part)
+
+    def make_all(self) -> None:
+        """Make all that there is."""
+        for part in (*self._names, MACROS):
+            self._make(part)
+
+    def _make(self, part: str) -> None:
+        if part in self.made:
+            return
+        connection, info = self._connection, self._info
+        if part == MACROS:
+            create_code_macros(connection, info)
+        elif part == TOKENS:
+            self._create_view_of_all_tokens()
+        elif part == MASKS:
+            products = [product for product in info.products if product.startswith(MASKS)]
+            _create_mask_views(connection, {p.removeprefix(MASKS): self._files(p) for p in products})
+        elif part == FRAMES:
+            create_frame_views(connection, {p: self._files(p) for p in info.products}, info, self._asked)
+        elif part.startswith(EMBEDDINGS):
+            _create_embedding_view(connection, part.removeprefix(EMBEDDINGS), self._files(part), info.products[part])
+        else:
+            _create_token_view(connection, part.partition("/")[2], self._files(part), info.products[part])
+        self.made.add(part)
+
+    def _create_view_of_all_tokens(self) -> None:
+        products = [product for product, entry in self._info.products.items() if entry.tokenizer]
+        for product in products:
+            self._make(product)
+        names = [product.partition("/")[2] for product in products]
+        selected = [f"select '{name}' as product, * from temp.tokens_{name}" for name in names]
+        self._connection.execute(f"create temp view tokens as {' union all by name '.join(selected)}")
+
+    def _files(self, product: str) -> list[str]:
+        return file_uris(self._connection, self._folder, product)
+
+
+def _names_of_parts(info: CacheInfo) -> dict[str, set[str]]:
+    """Words in a query that need a part: names of views, and of products, which macros are given."""
+    parts: dict[str, set[str]] = {}
     for product, entry in info.products.items():
         name = product.partition("/")[2]
         if product.startswith(EMBEDDINGS):
-            _create_embedding_view(connection, name, files[product], entry)
+            parts[product] = {f"embeddings_{name}"}
+        if product.startswith(MASKS):
+            parts[MASKS] = {"masks", "trajectories", "video_trajectories"}
         if entry.tokenizer:
-            _create_token_view(connection, name, files[product], entry)
-            together.append(f"select '{name}' as product, * from temp.tokens_{name}")
-    if together:
-        connection.execute(f"create temp view tokens as {' union all by name '.join(together)}")
-    masks = {product.removeprefix(MASKS): uris for product, uris in files.items() if product.startswith(MASKS)}
-    _create_mask_views(connection, masks)
-    create_frame_views(connection, files, info, asked)
-    create_code_macros(connection)
+            parts[product] = {name, f"tokens_{name}", f"levels_{name}"}
+            parts[TOKENS] = {"tokens"}
+    encoders = encoders_of(info)
+    if FRAMES in info.products or encoders:
+        names = {f"{kind}_{name}" for name in encoders for kind in ("frames", "scored")}
+        parts[FRAMES] = {"frames", *names}
+    return parts
 
 
 def _create_token_view(
