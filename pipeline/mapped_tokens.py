@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..schemas.errors import CacheError
+from ..schemas.errors import REPAIR_REMEDY, CacheError
 from .address_range import AddressRange, Buffers, pages
 from .byte_ranges import ByteRange, opened, read_ranges
 from .local_cache import LocalCache
@@ -32,7 +32,6 @@ MOST_MAPPED = 16384  # files; on Linux a process may have 65,530 maps
 MOST_MAPPED_BYTES = 1 << 30  # of row groups in the local cache: those that are mapped keep their room on the disk
 THREADS = 16
 DOWNLOADS = 3  # of the same bytes, before they are called damaged where they lie
-REPAIR = "tokenmill verify CACHE --deep --repair makes it again"
 
 
 class _Damaged(CacheError):
@@ -190,11 +189,12 @@ class MappedTokens:
         """Map a local file, and check what it holds besides tokens; what is wrong, and for which row groups."""
         name, size = self._groups.names_F[file], int(self._groups.sizes_F[file])
         groups = np.flatnonzero(self._groups.files_G == file)
-        if self._folder.is_local and int(self._file_places_F[file]) not in self._mapped:
+        is_mapped_whole = not self._is_alone[0, groups[0]]
+        if is_mapped_whole and int(self._file_places_F[file]) not in self._mapped:
             with storage_errors(self._folder.uri(name)), open(self._folder.path(name), "rb") as stream:
                 found = os.fstat(stream.fileno()).st_size
                 if found != size:
-                    return groups, f"{self._folder.uri(name)}: {found} bytes, committed {size}: {REPAIR}"
+                    return groups, f"{self._folder.uri(name)}: {found} bytes, committed {size}: {REPAIR_REMEDY}"
                 self._map(int(self._file_places_F[file]), stream.fileno(), size)
         try:
             self._check_rest(file, groups)
@@ -224,7 +224,7 @@ class MappedTokens:
                     return data
             raise _Damaged(
                 f"{self._folder.uri(name)}: damaged besides its tokens (headers, small columns or footer; its SHA-256"
-                f" does not match): {REPAIR}"
+                f" does not match): {REPAIR_REMEDY}"
             )
 
         if self._folder.is_local:
@@ -296,7 +296,7 @@ class MappedTokens:
     def _damaged(self, i: int, group: int, reason: str = "its CRC-32 does not match") -> _Damaged:
         return _Damaged(
             f"{self._uri(group)}: row group {self._groups.numbers_G[group]} of column {self._columns[i]} is damaged"
-            f" ({reason}): {REPAIR}"
+            f" ({reason}): {REPAIR_REMEDY}"
         )
 
     def _uri(self, group: int) -> str:
