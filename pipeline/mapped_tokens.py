@@ -5,12 +5,13 @@ mapped from a bounded local cache. Whatever is touched for the first time is che
 """
 
 import bisect
+import contextlib
 import hashlib
 import logging
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -217,21 +218,18 @@ class MappedTokens:
         between = ranges_between(spans, int(self._groups.sizes_F[file]))
         ranges = [ByteRange(name, begin, end - begin) for begin, end in between]
 
-        def fetch() -> bytes:
-            for _ in range(DOWNLOADS):
-                data = b"".join(read_ranges(self._folder, ranges)[0])
-                if hashlib.sha256(data).hexdigest() == wanted:
-                    return data
-            raise _Damaged(
-                f"{self._folder.uri(name)}: damaged besides its tokens (headers, small columns or footer; its SHA-256"
-                f" does not match): {REPAIR_REMEDY}"
-            )
+        def check() -> bytes:
+            if self._downloaded(ranges, lambda data: hashlib.sha256(data).hexdigest() == wanted) is None:
+                raise _Damaged(
+                    f"{self._folder.uri(name)}: damaged besides its tokens (headers, small columns or footer; its"
+                    f" SHA-256 does not match): {REPAIR_REMEDY}"
+                )
+            return b"1"
 
         if self._folder.is_local:
-            fetch()
-        else:
-            size = sum(one.size for one in ranges)
-            os.close(self._local.open(f"{self._folder.uri(name)}#rest", size, fetch))
+            check()
+        else:  # once for all processes of this machine
+            os.close(self._local.open(f"{self._folder.uri(name)}#checked", 1, check))
         self._checked_files.add(file)
 
     def _prepare_group(self, one: tuple[int, int]) -> tuple[np.ndarray, str] | None:
@@ -279,11 +277,20 @@ class MappedTokens:
                     return data
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(i, group, f"{error}") from None
+        ranges = [ByteRange(name, offset, int(self._sizes[column][group]))]
+        data = self._downloaded(ranges, lambda data: not self._verify or wanted < 0 or zlib.crc32(data) == wanted)
+        if data is None:
+            raise self._damaged(i, group)
+        return data
+
+    def _downloaded(self, ranges: Sequence[ByteRange], is_right: Callable[[bytes], bool]) -> bytes | None:
+        """The bytes of some ranges once they are right; None where they never are."""
         for _ in range(DOWNLOADS):
-            (data,), _ = read_ranges(self._folder, [ByteRange(name, offset, int(self._sizes[column][group]))])
-            if not self._verify or wanted < 0 or zlib.crc32(data) == wanted:
-                return data
-        raise self._damaged(i, group)
+            with contextlib.suppress(CacheError):  # too short
+                data = b"".join(read_ranges(self._folder, ranges)[0])
+                if is_right(data):
+                    return data
+        return None
 
     def _is_whole(self, i: int, group: int) -> bool:
         """Whether the mapped bytes of a column of a row group are what was committed, unless that is known."""
