@@ -30,7 +30,7 @@ LIMIT = 8 * GROUP_BYTES  # far less than the tokens
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return make_cache(str(tmp_path_factory.mktemp("remote") / "cache"))
+    return make_cache(str(tmp_path_factory.mktemp("remote") / "cache"), names=NAMES)
 
 
 def uploaded(made: str, url: str) -> str:
@@ -70,13 +70,14 @@ def test_a_remote_cache_gives_what_a_local_one_gives(made: str, remote: str, tmp
     assert (dataset[11]["short"] == TokenDataset(local, "short")[11]["short"]).all()
 
 
-def test_what_was_fetched_is_not_fetched_again_and_can_be_deleted(remote: str, tmp_path: Path) -> None:
+def test_what_was_fetched_is_not_fetched_again_and_can_be_deleted(
+    remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache, parts = open_cache(remote), LocalCache(str(tmp_path / "parts"))
     first = ids_of(TokenLoader(cache, NAMES, 100, local=parts))
-    filesystem, path = cache.folder.fs, cache.folder.path("tokens")
-    filesystem.mv(path, f"{path}_moved", recursive=True)
-    assert ids_of(TokenLoader(cache, NAMES, 100, local=parts)) == first  # all of it from the local cache
-    filesystem.mv(f"{path}_moved", path, recursive=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("tokenmill.pipeline.mapped_tokens.read_ranges", None)
+        assert ids_of(TokenLoader(cache, NAMES, 100, local=parts)) == first  # all of it from the local cache
     shutil.rmtree(tmp_path / "parts")
     assert ids_of(TokenLoader(cache, NAMES, 100, local=parts)) == first
     part = next(path for path in (tmp_path / "parts").iterdir() if path.suffix == ".part" and path.stat().st_size > 9)
