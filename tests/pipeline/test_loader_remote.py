@@ -1,5 +1,6 @@
 """Loaders of caches in object stores: parts of files through a bounded local cache that processes share."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -126,8 +127,7 @@ def test_processes_share_a_local_cache_that_is_smaller_than_the_data(
     def watch() -> None:
         nonlocal largest
         while not over.wait(0.002):
-            sizes = [entry.stat().st_size for entry in scanned(tmp_path / "parts")]
-            largest = max(largest, sum(sizes))
+            largest = max(largest, bytes_in(tmp_path / "parts"))
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -147,11 +147,14 @@ def test_processes_share_a_local_cache_that_is_smaller_than_the_data(
         assert lines.splitlines() == expected
 
 
-def scanned(folder: Path) -> list[os.DirEntry]:
+def bytes_in(folder: Path) -> int:
+    """What lies there at one moment: whoever makes or removes a file holds this lock."""
     try:
-        return [entry for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("lock")]
+        with open(folder / "total", "rb") as total:
+            fcntl.flock(total, fcntl.LOCK_EX)
+            return sum(entry.stat().st_size for entry in os.scandir(folder))
     except FileNotFoundError:
-        return []
+        return 0
 
 
 @pytest.mark.s3
