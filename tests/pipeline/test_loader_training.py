@@ -40,7 +40,7 @@ def train(rank, world_size, url, meeting):
         for batch in loader:  # a step more or less on one rank would wait for ever
             model(batch["tracks"].values.float()).mean().backward()
             parts = [None] * world_size
-            torch.distributed.all_gather_object(parts, batch["clip_id"])
+            torch.distributed.all_gather_object(parts, list(batch["clip_id"]))
             if rank == 0:
                 print(json.dumps(parts), flush=True)
     torch.distributed.destroy_process_group()
