@@ -36,7 +36,7 @@ demo: $(READY)
 	  echo '== tokenmill score $(DEMO) --like CLIP_ID --by clip --top 4' && \
 	  $(BIN)/tokenmill score $(DEMO) --like $$clip --by clip --top 4
 	@printf '\nMade: $(DEMO) (the cache), out/demo.mp4 and .png (source, tokens), out/masks.mp4 and .png (source, trajectories)\n'
-	@printf 'Next: tokenmill status $(DEMO); tokenmill verify $(DEMO); python examples/train.py $(DEMO); README.md\n'
+	@printf 'Next: tokenmill status $(DEMO); tokenmill verify $(DEMO); python examples/train_autoregressive.py $(DEMO); README.md\n'
 	@printf '(the command lives in $(BIN): source $(BIN)/activate)\n'
 
 test: $(READY)

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from ..pipeline.cache import TokenCache
+from ..pipeline.decoding import layout_of
 from ..pipeline.encode import bits_of
 from ..pipeline.shard_tar import trajectory_arrays
 from ..pipeline.storage import Folder, storage_errors
-from ..pipeline.token_file import TokenLayout
 from ..pipeline.views import CLIPS_WITH_VIDEOS
 from ..pipeline.webdataset_output import Sample, TarProduct, index_path, tars_fingerprint, write_tar
 from ..schemas.cache_info import ProductInfo
@@ -93,7 +93,7 @@ def _described(products: Mapping[str, ProductInfo]) -> dict[tuple[str, str], dic
     for product, entry in products.items():
         name = product.partition("/")[2]
         if entry.tokenizer:
-            found[product, name] = _tar_product(entry).to_json()
+            found[product, name] = _tar_product(product, entry).to_json()
         elif entry.segmenter:
             found[product, f"{name}.masks"] = {"segmenter": dict(entry.segmenter)}
         else:
@@ -101,13 +101,8 @@ def _described(products: Mapping[str, ProductInfo]) -> dict[tuple[str, str], dic
     return found
 
 
-def _tar_product(entry: ProductInfo) -> TarProduct:
-    tokenizer = entry.tokenizer or {}
-    size = tokenizer["codebook_size"]
-    stored = (entry.section or {}).get("stored_dtype") or tokenizer["dtype"]
-    dtype = stored if size is None else "uint16"
-    layout = TokenLayout(dtype=dtype, shape=entry.shape, codebook_size=size, levels=entry.levels)
-    return TarProduct(tokenizer=tokenizer["name"], layout=layout)
+def _tar_product(product: str, entry: ProductInfo) -> TarProduct:
+    return TarProduct(tokenizer=(entry.tokenizer or {})["name"], layout=layout_of(product, entry))
 
 
 def empty_folder(output: str) -> Folder:
@@ -164,9 +159,9 @@ def _arrays(
     if not entry.tokenizer:
         return list(cache.read(product, clip_ids).numpy())
     if cache.has_trajectories(product):
-        tar = _tar_product(entry)
+        tar = _tar_product(product, entry)
         return [trajectory_arrays(one, tar) for one in cache.read_trajectories(product, clip_ids)]
-    return list(_tar_product(entry).arrays(bits_of(cache.read(product, clip_ids))))
+    return list(_tar_product(product, entry).arrays(bits_of(cache.read(product, clip_ids))))
 
 
 def trajectory_ids_of(cache: TokenCache, product: str, clip_ids: Sequence[str]) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ import mmap
 import os
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from ..schemas.errors import StorageError
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 MOST_BUFFERS = 16
+SAMPLED = 32  # places of many, to see whether they are in memory
+THREADS = 16
 _FAILED = ctypes.c_void_p(-1).value
 _NONE, _FIXED = 0, 0x10  # PROT_NONE and MAP_FIXED, the same on Linux and macOS
 _UNBACKED = (
@@ -25,6 +28,7 @@ _UNBACKED = (
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
@@ -42,6 +46,7 @@ class AddressRange:
         buffer = (ctypes.c_uint8 * self.size).from_address(self._base)
         self.bytes = np.frombuffer(buffer, np.uint8)
         self._tensor = torch.frombuffer(buffer, dtype=torch.uint8)
+        self._runs_of: dict[int, torch.Tensor] = {}
 
     def map(self, place: int, descriptor: int, size: int) -> None:
         """Let the first `size` bytes of an open file be read at `place`, a multiple of PAGE; it may be closed then."""
@@ -51,17 +56,36 @@ class AddressRange:
         """Give back what was mapped at `place`."""
         _mapped(self._base + place, pages(size), _NONE, _UNBACKED | _FIXED, -1)
 
-    def gather(self, places_N: np.ndarray, out_NW: np.ndarray) -> None:
+    def gather(self, places_N: np.ndarray, out_NW: np.ndarray, *, side_by_side: bool = False) -> None:
         """Copy the W bytes from each place on to uint8 `out_NW`; other threads run meanwhile."""
-        width = out_NW.shape[1]
         if not out_NW.size:
             return
-        first, size = int(places_N[0]), out_NW.size
-        if places_N[-1] - first == size - width and (np.diff(places_N) == width).all():  # side by side
-            np.copyto(out_NW.reshape(-1), self.bytes[first : first + size])
-            return
-        runs = torch.as_strided(self._tensor, (self.size - width + 1, width), (1, 1))  # one begins at every address
-        torch.index_select(runs, 0, torch.from_numpy(places_N), out=torch.from_numpy(out_NW))
+        if side_by_side:
+            first = int(places_N[0])
+            np.copyto(out_NW.reshape(-1), self.bytes[first : first + out_NW.size])
+        else:
+            torch.index_select(self._runs(out_NW.shape[1]), 0, torch.from_numpy(places_N), out=torch.from_numpy(out_NW))
+
+    def _runs(self, width: int) -> torch.Tensor:
+        """All runs of `width` bytes: one begins at every address."""
+        if width not in self._runs_of:
+            self._runs_of[width] = torch.as_strided(self._tensor, (self.size - width + 1, width), (1, 1))
+        return self._runs_of[width]
+
+    def page_in(self, places_N: np.ndarray, width: int) -> bool:
+        """Have the bytes at each place in memory: unless a sample of them was, by many threads that read the disk."""
+        sample_N = places_N[:: max(1, len(places_N) // SAMPLED)]
+        if all(self._is_resident(int(place)) for place in sample_N):
+            return True
+        pages_N = (places_N[:, None] + np.append(np.arange(0, width, PAGE), width - 1)).reshape(-1)
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="page_in") as pool:
+            list(pool.map(self.bytes.take, np.array_split(pages_N, THREADS)))
+        return False
+
+    def _is_resident(self, place: int) -> bool:
+        state = ctypes.c_ubyte()
+        failed = _libc.mincore(self._base + place // PAGE * PAGE, 1, ctypes.byref(state))
+        return bool(failed or state.value & 1)
 
 
 class Buffers:

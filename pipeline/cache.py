@@ -28,6 +28,7 @@ from .trajectory_file import TrajectoryFile
 from .views import CLIPS_WITH_VIDEOS
 
 if TYPE_CHECKING:
+    from .decoding import TokenDecoder
     from .loader import TokenLoader
     from .selection import Selection
 
@@ -252,6 +253,24 @@ class TokenCache:
         from .loader import TokenLoader
 
         return TokenLoader(self, products, batch_size, **settings)
+
+    def files(self, product: str) -> list[str]:
+        """Paths or URLs of the files of a product's current version, for tools that read them by themselves."""
+        from .decoding import token_files
+
+        return token_files(self, product)
+
+    def decoder(self, product: str) -> "TokenDecoder":
+        """What turns the stored columns of a product into arrays; it can be pickled, and holds no cache."""
+        from .decoding import decoder_of
+
+        return decoder_of(self, product)
+
+    def to_ray(self, products: str | Sequence[str], **settings: Any) -> Any:
+        """A lazy dataset of Ray Data, a row to a clip; `settings` are those of ray_data.to_ray."""
+        from .ray_data import to_ray
+
+        return to_ray(self, products, **settings)
 
     def encoder(self, name: str) -> FrameEncoder:
         """The encoder called `name` itself, with its texts; CacheError where another one is here."""

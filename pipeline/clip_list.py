@@ -5,10 +5,10 @@ file that all ranks and workers of a machine share.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,44 @@ REVISION = 2  # rises with every change of the file
 MOST_KEPT = 64  # lists that stay on disk; older ones are removed
 ID_BYTES = 16
 DIGEST = b"tokenmill.digest"
+
+
+class ClipIds(Sequence[str]):
+    """Ids of clips: a sequence of texts of 32 hex digits, made when they are asked for; ``list(ids)`` makes all."""
+
+    def __init__(self, ids: np.ndarray | Iterable[str]) -> None:
+        """Of bytes (N,16) uint8, or of the texts themselves, as a DataLoader makes anew whatever it is given."""
+        if not isinstance(ids, np.ndarray):
+            ids = np.frombuffer(bytes.fromhex("".join(ids)), np.uint8).reshape(-1, ID_BYTES)
+        self._stored = ids
+
+    @classmethod
+    def joined(cls, parts: Sequence["ClipIds"]) -> "ClipIds":
+        """Those of all parts, one after the other."""
+        return cls(np.concatenate([part._stored for part in parts]))
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice | np.ndarray) -> "ClipIds": ...
+    def __getitem__(self, index: int | slice | np.ndarray) -> "str | ClipIds":
+        if isinstance(index, (slice, np.ndarray)):
+            return ClipIds(self._stored[index])
+        return self._stored[index].tobytes().hex()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored.tobytes().hex(" ", ID_BYTES).split())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __repr__(self) -> str:
+        return repr(list(self))
 
 
 @dataclass(frozen=True)
@@ -82,15 +120,14 @@ class ClipList:
         data = column.chunk(0).buffers()[1] if column.num_chunks else b""
         return np.frombuffer(data, np.uint8).reshape(-1, ID_BYTES)[: self.num_clips]
 
-    def ids(self, clips_N: np.ndarray) -> list[str]:
+    def ids(self, clips_N: np.ndarray) -> "ClipIds":
         """The ids of clips by number."""
-        return self._ids[clips_N].tobytes().hex(" ", ID_BYTES).split()
+        return ClipIds(self._ids[clips_N])
 
     @cached_property
     def column_names(self) -> list[str]:
         """The columns that were asked for."""
-        names = json.loads(self._table.schema.metadata[b"tokenmill.columns"])
-        return list(names)
+        return json.loads(self._table.schema.metadata[b"tokenmill.columns"])
 
     def id(self, clip: int) -> str:
         """The id of one clip."""

@@ -72,15 +72,22 @@ class ClipOrder:
             return permuted(positions_N, size, key)
         run = min(self.run, size)
         window = max(1, self.window // run) * run
-        begins_N, found_N = positions_N // window * window, np.empty_like(positions_N)
-        for begin in np.unique(begins_N).tolist():
-            chosen = np.flatnonzero(begins_N == begin)
-            inner = key_of(self.seed, epoch, source, begin)
-            found_N[chosen] = begin + permuted(positions_N[chosen] - begin, min(window, size - begin), inner)
-        runs_N, rest_N = np.divmod(found_N, run)
-        num_runs = size // run  # clips that are left over stay at the end
-        moved_N = permuted(np.minimum(runs_N, num_runs - 1), num_runs, key) * run + rest_N
-        return np.where(runs_N < num_runs, moved_N, found_N)
+        windows_N, found_N = positions_N // window, np.empty_like(positions_N)
+        for number in range(int(windows_N.min(initial=0)), int(windows_N.max(initial=-1)) + 1):
+            chosen = np.flatnonzero(windows_N == number)
+            begin = number * window
+            end = min(begin + window, size)
+            mixed_N = permuted(positions_N[chosen] - begin, end - begin, key_of(self.seed, epoch, source, begin))
+            found_N[chosen] = self._moved(begin, end, size, key)[mixed_N]
+        return found_N
+
+    def _moved(self, begin: int, end: int, size: int, key: np.ndarray) -> np.ndarray:
+        """The clips of the runs that stand at places begin..end-1; clips that are left over stay the last."""
+        run = min(self.run, size)
+        runs = np.arange(begin // run, -(-end // run))
+        whole = runs < size // run
+        runs[whole] = permuted(runs[whole], size // run, key)
+        return (runs[:, None] * run + np.arange(run)).reshape(-1)[: end - begin]
 
 
 def shares(weights: Sequence[float], total: int) -> np.ndarray:

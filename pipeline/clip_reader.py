@@ -3,7 +3,7 @@
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from .token_file import LOW, TokenLayout, from_planes
 
 MOST_MASK_FILES = 16
 _CODES = np.dtype("<u2")
+_STORED = {"uint16": _CODES, "float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "bfloat16": np.dtype("<i2")}
 MASK_BYTES = 1 << 20  # of the masks of a clip, about
 
 
@@ -38,53 +39,59 @@ class Packed(NamedTuple):
 
 @dataclass(slots=True)
 class Values:
-    """The values of some clips in one product; `counts_N` of each clip, where they have different numbers of them."""
+    """The values of some clips in one product, of which `read` gives those from one number to another.
 
-    values: Any  # a tensor, or of masks a list of them
-    counts_N: np.ndarray | None = None
+    `ends_N` says where the values of each clip end, where clips have different numbers of them.
+    """
+
+    read: Callable[[int, int], Any]
+    num_values: int
+    ends_N: np.ndarray | None = None
 
     def part(self, begin: int, end: int) -> Any:
         """Those of clips begin..end-1 as a batch has them."""
-        if self.counts_N is None:
-            found = self.values[begin:end]
-            return _stacked(found) if isinstance(found, list) else found
-        counts_N = self.counts_N[begin:end]
-        first = int(self.counts_N[:begin].sum())
-        cu_seqlens = np.zeros(len(counts_N) + 1, np.int32)
-        np.cumsum(counts_N, out=cu_seqlens[1:])
-        values = self.values[first : first + int(cu_seqlens[-1])]
-        return Packed(values, torch.from_numpy(cu_seqlens), int(counts_N.max(initial=0)))
+        if self.ends_N is None:
+            return self.read(begin, end)
+        first = int(self.ends_N[begin - 1]) if begin else 0
+        cu_seqlens = np.zeros(end - begin + 1, np.int32)
+        np.subtract(self.ends_N[begin:end], first, out=cu_seqlens[1:], casting="unsafe")
+        longest = int(np.diff(cu_seqlens).max(initial=0))
+        return Packed(self.read(first, first + int(cu_seqlens[-1])), torch.from_numpy(cu_seqlens), longest)
 
-    def pinned(self) -> "Values":
-        """The same in page-locked memory, from which GPUs copy while they work."""
-        if isinstance(self.values, list):
-            return Values([grid.pin_memory() for grid in self.values])
-        return Values(self.values.pin_memory(), self.counts_N)
-
-    def reordered(self, order_N: np.ndarray) -> "Values":
-        """The clips in another order."""
-        if isinstance(self.values, list):
-            return Values([self.values[i] for i in order_N.tolist()])
-        if self.counts_N is None:
-            return Values(self.values[torch.from_numpy(order_N)])
-        begins_N = np.cumsum(self.counts_N) - self.counts_N
-        chosen = runs(begins_N[order_N], self.counts_N[order_N])
-        return Values(self.values[torch.from_numpy(chosen)], self.counts_N[order_N])
+    def chosen(self, clips_N: np.ndarray) -> "Values":
+        """Some clips, in the order given."""
+        values = self.read(0, self.num_values)
+        if isinstance(values, list):
+            return listed([values[i] for i in clips_N.tolist()])
+        if self.ends_N is None:
+            return held(values[torch.from_numpy(clips_N)])
+        counts_N = np.diff(self.ends_N, prepend=0)
+        chosen = runs((self.ends_N - counts_N)[clips_N], counts_N[clips_N])
+        return held(values[torch.from_numpy(chosen)], counts_N[clips_N])
 
 
-def _stacked(grids: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
-    """Masks as one tensor where all have the same size."""
-    return torch.stack(grids) if len({grid.shape for grid in grids}) == 1 else grids
+def held(values: torch.Tensor, counts_N: np.ndarray | None = None) -> Values:
+    """Values that are a tensor."""
+    return Values(lambda begin, end: values[begin:end], len(values), None if counts_N is None else np.cumsum(counts_N))
+
+
+def listed(grids: list[torch.Tensor]) -> Values:
+    """Masks, given as one tensor where they have the same size."""
+
+    def read(begin: int, end: int) -> torch.Tensor | list[torch.Tensor]:
+        part = grids[begin:end]
+        return torch.stack(part) if len({grid.shape for grid in part}) == 1 else part
+
+    return Values(read, len(grids))
 
 
 def joined(parts: Sequence[Values]) -> Values:
     """The clips of several parts, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    if any(isinstance(part.values, list) for part in parts):
-        return Values([grid for part in parts for grid in part.values])
-    counts = [part.counts_N for part in parts if part.counts_N is not None]
-    return Values(torch.cat([part.values for part in parts]), np.concatenate(counts) if counts else None)
+    values = [part.read(0, part.num_values) for part in parts]
+    if any(isinstance(one, list) for one in values):
+        return listed([grid for one in values for grid in one])
+    counts = [np.diff(part.ends_N, prepend=0) for part in parts if part.ends_N is not None]
+    return held(torch.cat(values), np.concatenate(counts) if counts else None)
 
 
 class ClipReader:
@@ -137,7 +144,7 @@ class ClipReader:
         for i, (name, product) in enumerate(self._products.items()):
             first, counts = int(self.clips.firsts[i][clip]), self.clips.counts[i]
             if product.kind == "masks":
-                found[name] = self._masks.read(product, np.array([first]), skip_damaged=False)[0].values[0]
+                found[name] = self._masks.read(product, np.array([first]), skip_damaged=False)[0][0]
             else:
                 planes = self._tokens[name].read_one(first, 1 if counts is None else int(counts[clip]))
                 values = _as_array(planes, self._layouts[name], product)
@@ -155,17 +162,53 @@ class ClipReader:
             counts = self.clips.counts[i]
             firsts_N, counts_N = self.clips.firsts[i][clips_N], None if counts is None else counts[clips_N]
             if product.kind == "masks":
-                found[name], damaged = self._masks.read(product, firsts_N, skip_damaged=skip_damaged)
+                grids, damaged = self._masks.read(product, firsts_N, skip_damaged=skip_damaged)
+                found[name] = listed(grids)
+            elif self._tokens[name].is_steady:
+                found[name], damaged = self._mapped(name, firsts_N, counts_N, skip_damaged=skip_damaged)
             else:
                 planes, damaged = self._tokens[name].read(firsts_N, counts_N, skip_damaged=skip_damaged)
-                layout = self._layouts[name]
-                found[name] = Values(_as_tensor(_as_array(planes, layout, product), layout), counts_N)
+                found[name] = held(self._tensor(name, planes), None if counts_N is None else counts_N[~damaged])
             damaged_N |= damaged
         if damaged_N.any():  # seldom: once more, without them
             kept_N = np.flatnonzero(~damaged_N)
             values, _ = self.read(clips_N[kept_N], skip_damaged=skip_damaged)
             return values, kept_N
         return found, np.arange(len(clips_N))
+
+    def _mapped(
+        self, name: str, firsts_N: np.ndarray, counts_N: np.ndarray | None, *, skip_damaged: bool
+    ) -> tuple[Values, np.ndarray]:
+        """Values that are gathered when a batch is made."""
+        mapped, damaged_N = self._tokens[name].mapped(firsts_N, counts_N, skip_damaged=skip_damaged)
+        ends_N = None if counts_N is None else np.cumsum(counts_N)
+        num_values = len(firsts_N) if ends_N is None else int(ends_N[-1]) if len(ends_N) else 0
+        layout, product = self._layouts[name], self._products[name]
+        if not layout.high_bits and len(layout.widths) == 1:  # the quick way of most products
+            dtype, shape = _STORED[layout.dtype], layout.shape
+
+            def read(begin: int, end: int) -> torch.Tensor:
+                return _as_tensor(mapped.plane(begin, end).view(dtype).reshape(end - begin, *shape), layout)
+        else:
+
+            def read(begin: int, end: int) -> torch.Tensor:
+                return _as_tensor(_as_array(mapped.planes(begin, end), layout, product), layout)
+
+        return Values(read, num_values, ends_N), damaged_N
+
+    def _tensor(self, name: str, planes: Mapping[str, np.ndarray]) -> torch.Tensor:
+        layout = self._layouts[name]
+        return _as_tensor(_as_array(planes, layout, self._products[name]), layout)
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether all values are mapped and checked, and those of last time were in memory."""
+        return self.is_gathered_late and all(one.is_at_hand for one in self._tokens.values())
+
+    @property
+    def is_gathered_late(self) -> bool:
+        """Whether values cost no memory before a batch is made of them."""
+        return len(self._tokens) == len(self._products) and all(one.is_steady for one in self._tokens.values())
 
 
 def layout_of(product: StoredProduct, levels: int | None) -> TokenLayout:
@@ -210,7 +253,9 @@ class MaskFiles:
     def __reduce__(self) -> tuple[Any, ...]:
         return _mask_files, (self._folder.url,)
 
-    def read(self, product: StoredProduct, rows_N: np.ndarray, *, skip_damaged: bool) -> tuple[Values, np.ndarray]:
+    def read(
+        self, product: StoredProduct, rows_N: np.ndarray, *, skip_damaged: bool
+    ) -> tuple[list[torch.Tensor], np.ndarray]:
         """Masks uint8 (T,H,W) of rows of the product, and which of them (N,) are damaged."""
         starts = product.file_starts["first_row"].to_numpy()
         files_N = np.searchsorted(starts, rows_N, side="right") - 1
@@ -223,7 +268,7 @@ class MaskFiles:
                 if not skip_damaged:
                     raise
                 damaged_N[i] = True
-        return Values(masks), damaged_N
+        return masks, damaged_N
 
     def _opened(self, name: str) -> MaskFile:
         if self._pid != os.getpid():  # streams of stores do not survive a fork

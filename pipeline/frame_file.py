@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from ..schemas.errors import CacheError
 from ..schemas.tables import EMBEDDED_FRAMES_SCHEMA, FRAME_SCHEMA, with_format
 from .frames import EmbeddedFrames
-from .token_file import CHECKSUMS
+from .token_file import CHECKSUMS, MOST_ROWS
 
 EMBEDDINGS_COLUMN = "embeddings"
 ENCODER = "tokenmill.encoder"
@@ -50,7 +50,7 @@ def write_embedded_frames(
     )
     values_KD = np.ascontiguousarray(np.concatenate([one.embeddings_KD for one in embedded]))
     ends_N = np.append(0, np.cumsum([len(one.frames) for one in embedded]))
-    group = max(1, ROW_GROUP_BYTES * len(embedded) // max(1, values_KD.nbytes))
+    group = min(MOST_ROWS, max(1, ROW_GROUP_BYTES * len(embedded) // max(1, values_KD.nbytes)))
     bounds = [*ends_N[:-1:group], ends_N[-1]]
     checksums = [zlib.crc32(values_KD[first:last].data) for first, last in itertools.pairwise(bounds)]
     footer = {**footer, ENCODER: json.dumps(spec, sort_keys=True)}

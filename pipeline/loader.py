@@ -14,9 +14,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..schemas.digest import digest_of
 from ..schemas.errors import CacheError
 from .cache import TokenCache
-from .clip_list import list_clips
+from .clip_list import ClipIds, list_clips
 from .clip_order import ClipOrder, Shuffle
-from .clip_reader import ClipReader, Values, joined
+from .clip_reader import ClipReader, Packed, Values, joined
 from .local_cache import LocalCache
 from .step_plan import BudgetPlan, CountPlan, Tail
 from .stored_product import StoredProduct, stored_product
@@ -36,9 +36,9 @@ ACCEPTED = {
 
 @dataclass(slots=True)
 class _Block:
-    """The batches of some steps, and where a plan by budget finds them again."""
+    """The batches of some steps, made as they are asked for, and where a plan by budget finds them again."""
 
-    batches: list[Batch]
+    batches: Iterator[Batch]
     hint: tuple[int, int]
     num_damaged: int
 
@@ -46,7 +46,7 @@ class _Block:
 class TokenLoader(IterableDataset[Batch]):
     """Batches of one or several products of a cache, in one process or any number of ranks and workers.
 
-    Each batch is a dict: ``clip_id`` (list of str), ``num_valid`` (B,) int64, the real frames of each clip, every
+    Each batch is a dict: ``clip_id`` (a sequence of str), ``num_valid`` (B,) int64, the real frames of each clip, every
     product under the name by which it was asked for, and `columns`. Codes are (B,t,h,w) uint16 (int32 for codebooks of
     more than 65,536; cast on the device: ``.to(device).long()``), latents (B,t,h,w,d) and embeddings in the type in
     which they are stored, trajectories and embeddings of frames `Packed`, masks (B,T,H,W) uint8.
@@ -256,24 +256,26 @@ class TokenLoader(IterableDataset[Batch]):
             self._step, self._hint = 0, (0, 0)
 
     def _blocks(self, epoch: int, first: int, stride: int) -> Iterator[_Block]:
-        """Blocks of batches, the next ones being read by a thread."""
+        """Blocks of batches, the next ones being fetched, checked and paged in by a thread."""
         reading = self._read_blocks(epoch, first, stride)
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
             ahead: deque[Future[_Block | None]] = deque()
             while True:
-                while len(ahead) < BLOCKS_AHEAD:
+                is_at_hand = all(reader.is_at_hand for reader in self._readers)  # then a thread would only cost time
+                while len(ahead) < BLOCKS_AHEAD and not is_at_hand:
                     ahead.append(thread.submit(next, reading, None))
-                block = ahead.popleft().result()
+                block = ahead.popleft().result() if ahead else next(reading, None)
                 if block is None:
                     return
                 yield block
 
     def _read_blocks(self, epoch: int, first: int, stride: int) -> Iterator[_Block]:
-        """Blocks of batches of this rank. Many steps are planned at once, and read in shares that a CPU's cache holds;
-        the first ones are few, so that they come soon.
+        """Blocks of batches of this rank, of as many steps as may be planned at once; where values have to be read for
+        that, in shares. The first ones have few steps, so that they come soon.
         """
         bytes_per_step, num_steps = max(1, self._bytes_per_step()), 1
-        per_block = max(1, BLOCK_BYTES // bytes_per_step)
+        is_late = len(self._readers) == 1 and self._readers[0].is_gathered_late
+        per_block = PLANNED_CLIPS if is_late else max(1, BLOCK_BYTES // bytes_per_step)
         most = max(1, PLANNED_CLIPS * self.world_size // self._batch_size)
         while True:
             steps_S = np.arange(first, first + num_steps * stride, stride)
@@ -290,7 +292,7 @@ class TokenLoader(IterableDataset[Batch]):
                 batches = self._batches(values, small, kept_N + begin, ends_S)
                 yield _Block(batches, hint, span.stop - begin - len(kept_N))
                 begin = span.stop
-            first, num_steps = first + num_steps * stride, min(2 * num_steps, most)
+            first, num_steps = first + num_steps * stride, min(4 * num_steps, most)
 
     def _bytes_per_step(self) -> int:
         """Of one rank, about."""
@@ -313,15 +315,13 @@ class TokenLoader(IterableDataset[Batch]):
                 parts.append(found)
                 places.append(chosen[kept])
             order_N = np.argsort(np.concatenate(places))
-            values = {name: joined([part[name] for part in parts]).reordered(order_N) for name in parts[0]}
+            values = {name: joined([part[name] for part in parts]).chosen(order_N) for name in parts[0]}
             kept_N = np.concatenate(places)[order_N]
-        if self._pin:
-            values = {name: one.pinned() for name, one in values.items()}
         return values, kept_N
 
     def _batches(
         self, values: Mapping[str, Values], small: Mapping[str, Any], kept_N: np.ndarray, ends_S: np.ndarray
-    ) -> list[Batch]:
+    ) -> Iterator[Batch]:
         """The clips of a block, divided into steps; `small` are ids and columns of all clips that were planned."""
         if len(kept_N) and kept_N[-1] - kept_N[0] + 1 > len(kept_N):  # some were left out
             small = {name: _chosen(column, kept_N) for name, column in small.items()}
@@ -329,14 +329,14 @@ class TokenLoader(IterableDataset[Batch]):
             first = 0
         else:
             first = int(kept_N[0]) if len(kept_N) else 0
-        batches, begin = [], first
-        for end in ends_S.tolist():
-            batch: Batch = {name: column[begin:end] for name, column in small.items()}
-            for name, one in values.items():
-                batch[name] = one.part(begin - first, end - first)
-            batches.append(batch)
-            begin = end
-        return batches
+        ends = (ends_S - first).tolist()
+        spans = list(zip([0, *ends[:-1]], ends, strict=True))
+        columns = [[column[first + begin : first + end] for begin, end in spans] for column in small.values()]
+        names = [*small, *values]
+        parts = [one.part for one in values.values()]
+        for small_parts, (begin, end) in zip(zip(*columns, strict=True), spans, strict=True):
+            tokens = [part(begin, end) for part in parts]
+            yield dict(zip(names, [*small_parts, *(map(_pinned, tokens) if self._pin else tokens)], strict=True))
 
     def _small(self, sources_N: np.ndarray, clips_N: np.ndarray) -> dict[str, Any]:
         """Ids, numbers of real frames, and columns of clips."""
@@ -359,10 +359,19 @@ def check_columns(columns: Sequence[str] | Mapping[str, str], products: Sequence
     return expressions
 
 
+def _pinned(part: Any) -> Any:
+    """The same in page-locked memory, from which GPUs copy while they work."""
+    if isinstance(part, Packed):
+        return part._replace(values=part.values.pin_memory())
+    return [grid.pin_memory() for grid in part] if isinstance(part, list) else part.pin_memory()
+
+
 def _together(parts: list[Any]) -> Any:
     """A column of several caches: a tensor where all have numbers."""
     if all(isinstance(part, torch.Tensor) for part in parts):
         return torch.cat(parts)
+    if isinstance(parts[0], ClipIds):
+        return ClipIds.joined(parts)
     return [one for part in parts for one in part]
 
 
@@ -370,6 +379,8 @@ def _chosen(column: Any, places_N: np.ndarray) -> Any:
     """Some rows of a column."""
     if isinstance(column, torch.Tensor):
         return column[torch.from_numpy(places_N)]
+    if isinstance(column, ClipIds):
+        return column[places_N]
     return [column[i] for i in places_N.tolist()]
 
 

@@ -5,12 +5,13 @@ mapped from a bounded local cache. Whatever is touched for the first time is che
 """
 
 import bisect
+import contextlib
 import hashlib
 import logging
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..schemas.errors import CacheError
+from ..schemas.errors import REPAIR_REMEDY, CacheError
 from .address_range import AddressRange, Buffers, pages
 from .byte_ranges import ByteRange, opened, read_ranges
 from .local_cache import LocalCache
@@ -32,7 +33,6 @@ MOST_MAPPED = 16384  # files; on Linux a process may have 65,530 maps
 MOST_MAPPED_BYTES = 1 << 30  # of row groups in the local cache: those that are mapped keep their room on the disk
 THREADS = 16
 DOWNLOADS = 3  # of the same bytes, before they are called damaged where they lie
-REPAIR = "tokenmill verify CACHE --deep --repair makes it again"
 
 
 class _Damaged(CacheError):
@@ -66,7 +66,8 @@ class MappedTokens:
         groups, shape = self._groups, (len(self._columns), len(self._begins_G))
         self._folder, self._pid, self._lock = folder, os.getpid(), threading.Lock()
         self._ready, self._checked, self._is_alone = (np.zeros(shape, bool) for _ in range(3))
-        self._damaged_G, self._is_all_ready = np.zeros(shape[1], bool), False
+        self._damaged_G = np.zeros(shape[1], bool)
+        self._is_all_ready = self._was_in_memory = False
         self._mapped: dict[int, int] = {}  # the size of what is mapped, by place
         self._mapped_alone_bytes = 0
         paged_F = pages(groups.sizes_F) if folder.is_local else np.zeros_like(groups.sizes_F)
@@ -83,6 +84,37 @@ class MappedTokens:
         self._places_of: list[list[int]] = self._places.tolist()
         self._range, self._buffers = AddressRange(total), Buffers()
         self._checked_files: set[int] = set()
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether whatever is mapped stays so: where all is in local files, and in no more than may be mapped."""
+        return not self._is_alone.any() and len(self._groups.names_F) <= MOST_MAPPED // 2
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether everything is mapped and checked, and the values of last time were in memory."""
+        return self._is_all_ready and self._was_in_memory and self.is_steady
+
+    def mapped(
+        self, firsts_N: np.ndarray, counts_N: np.ndarray | None = None, *, skip_damaged: bool = False
+    ) -> tuple["MappedValues", np.ndarray]:
+        """The values of clips, mapped, checked and in memory, to be gathered later; of a product that `is_steady`.
+
+        Also which clips (N,) are damaged, as `read` has it: their values are not to be gathered.
+        """
+        with self._lock:
+            groups_N = np.searchsorted(self._groups.value_ends_G, firsts_N, side="right")
+            if not (self._is_all_ready or self._ready[:, groups_N].all()):
+                self._prepare(np.unique(groups_N), skip_damaged=skip_damaged)
+            columns = [
+                (column, width, places_V, np.cumsum(np.diff(places_V, prepend=places_V[:1] - width) != width))
+                for column, width, places_V in self._places_by_column(groups_N, firsts_N, counts_N)
+            ]
+            values = MappedValues(self._range, self._buffers, columns)
+            damaged_N = self._damaged_G[groups_N]
+            if not damaged_N.any():
+                self._was_in_memory = values.page_in()
+            return values, damaged_N
 
     def read(
         self, firsts_N: np.ndarray, counts_N: np.ndarray | None = None, *, skip_damaged: bool = False
@@ -103,7 +135,7 @@ class MappedTokens:
     def read_one(self, first: int, count: int = 1) -> dict[str, np.ndarray]:
         """As `read`, of one clip: the bytes (count, width) of each column; the way to few clips."""
         group = bisect.bisect_right(self._ends, first)
-        if not (self._is_all_ready or self._ready[:, group].all()) or self._needs_folder():
+        if not (self._is_all_ready or self._ready[:, group].all()) or not self.is_steady:
             return self.read(np.array([first]), np.array([count]))[0]
         found = {}
         for i, (column, width) in enumerate(self._widths):
@@ -142,14 +174,18 @@ class MappedTokens:
         self, groups_N: np.ndarray, firsts_N: np.ndarray, counts_N: np.ndarray | None
     ) -> dict[str, np.ndarray]:
         found = {}
-        for i, column in enumerate(self._columns):
-            width = self._product.widths[column]
-            places_N = self._places[i, groups_N] + (firsts_N - self._begins_G[groups_N]) * width
-            if counts_N is not None:
-                places_N = runs(places_N, counts_N, width)
-            found[column] = self._buffers.take(len(places_N), width)
-            self._range.gather(places_N, found[column])
+        for column, width, places_V in self._places_by_column(groups_N, firsts_N, counts_N):
+            found[column] = self._buffers.take(len(places_V), width)
+            self._range.gather(places_V, found[column])
         return found
+
+    def _places_by_column(
+        self, groups_N: np.ndarray, firsts_N: np.ndarray, counts_N: np.ndarray | None
+    ) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Name and width of each column, and the place of every value (V,) in it."""
+        for i, (column, width) in enumerate(self._widths):
+            places_N = self._places[i, groups_N] + (firsts_N - self._begins_G[groups_N]) * width
+            yield column, width, places_N if counts_N is None else runs(places_N, counts_N, width)
 
     def _parts(self, groups: np.ndarray) -> Iterator[np.ndarray]:
         """The groups in parts that may be mapped together: files all at once, row groups of the local cache by size."""
@@ -190,11 +226,12 @@ class MappedTokens:
         """Map a local file, and check what it holds besides tokens; what is wrong, and for which row groups."""
         name, size = self._groups.names_F[file], int(self._groups.sizes_F[file])
         groups = np.flatnonzero(self._groups.files_G == file)
-        if self._folder.is_local and int(self._file_places_F[file]) not in self._mapped:
+        is_mapped_whole = not self._is_alone[0, groups[0]]
+        if is_mapped_whole and int(self._file_places_F[file]) not in self._mapped:
             with storage_errors(self._folder.uri(name)), open(self._folder.path(name), "rb") as stream:
                 found = os.fstat(stream.fileno()).st_size
                 if found != size:
-                    return groups, f"{self._folder.uri(name)}: {found} bytes, committed {size}: {REPAIR}"
+                    return groups, f"{self._folder.uri(name)}: {found} bytes, committed {size}: {REPAIR_REMEDY}"
                 self._map(int(self._file_places_F[file]), stream.fileno(), size)
         try:
             self._check_rest(file, groups)
@@ -217,21 +254,18 @@ class MappedTokens:
         between = ranges_between(spans, int(self._groups.sizes_F[file]))
         ranges = [ByteRange(name, begin, end - begin) for begin, end in between]
 
-        def fetch() -> bytes:
-            for _ in range(DOWNLOADS):
-                data = b"".join(read_ranges(self._folder, ranges)[0])
-                if hashlib.sha256(data).hexdigest() == wanted:
-                    return data
-            raise _Damaged(
-                f"{self._folder.uri(name)}: damaged besides its tokens (headers, small columns or footer; its SHA-256"
-                f" does not match): {REPAIR}"
-            )
+        def check() -> bytes:
+            if self._downloaded(ranges, lambda data: hashlib.sha256(data).hexdigest() == wanted) is None:
+                raise _Damaged(
+                    f"{self._folder.uri(name)}: damaged besides its tokens (headers, small columns or footer; its"
+                    f" SHA-256 does not match): {REPAIR_REMEDY}"
+                )
+            return b"1"
 
         if self._folder.is_local:
-            fetch()
-        else:
-            size = sum(one.size for one in ranges)
-            os.close(self._local.open(f"{self._folder.uri(name)}#rest", size, fetch))
+            check()
+        else:  # once for all processes of this machine
+            os.close(self._local.open(f"{self._folder.uri(name)}#checked", 1, check))
         self._checked_files.add(file)
 
     def _prepare_group(self, one: tuple[int, int]) -> tuple[np.ndarray, str] | None:
@@ -279,11 +313,20 @@ class MappedTokens:
                     return data
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(i, group, f"{error}") from None
+        ranges = [ByteRange(name, offset, int(self._sizes[column][group]))]
+        data = self._downloaded(ranges, lambda data: not self._verify or wanted < 0 or zlib.crc32(data) == wanted)
+        if data is None:
+            raise self._damaged(i, group)
+        return data
+
+    def _downloaded(self, ranges: Sequence[ByteRange], is_right: Callable[[bytes], bool]) -> bytes | None:
+        """The bytes of some ranges once they are right; None where they never are."""
         for _ in range(DOWNLOADS):
-            (data,), _ = read_ranges(self._folder, [ByteRange(name, offset, int(self._sizes[column][group]))])
-            if not self._verify or wanted < 0 or zlib.crc32(data) == wanted:
-                return data
-        raise self._damaged(i, group)
+            with contextlib.suppress(CacheError):  # too short
+                data = b"".join(read_ranges(self._folder, ranges)[0])
+                if is_right(data):
+                    return data
+        return None
 
     def _is_whole(self, i: int, group: int) -> bool:
         """Whether the mapped bytes of a column of a row group are what was committed, unless that is known."""
@@ -296,7 +339,7 @@ class MappedTokens:
     def _damaged(self, i: int, group: int, reason: str = "its CRC-32 does not match") -> _Damaged:
         return _Damaged(
             f"{self._uri(group)}: row group {self._groups.numbers_G[group]} of column {self._columns[i]} is damaged"
-            f" ({reason}): {REPAIR}"
+            f" ({reason}): {REPAIR_REMEDY}"
         )
 
     def _uri(self, group: int) -> str:
@@ -312,6 +355,32 @@ class MappedTokens:
         self._mapped.clear()
         self._mapped_alone_bytes = 0
         self._ready[:] = self._is_all_ready = False
+
+
+class MappedValues:
+    """Values whose places in memory are known: a part of them is gathered when it is asked for."""
+
+    def __init__(
+        self, addresses: AddressRange, buffers: Buffers, columns: Sequence[tuple[str, int, np.ndarray, np.ndarray]]
+    ) -> None:
+        self._range, self._buffers = addresses, buffers
+        self._columns = columns  # name, width, places (V,), and how many values before (V,) do not follow on the last
+
+    def planes(self, begin: int, end: int) -> dict[str, np.ndarray]:
+        """The bytes (end - begin, width) of each column of values begin..end-1."""
+        return {column: self.plane(begin, end, i) for i, (column, _, _, _) in enumerate(self._columns)}
+
+    def plane(self, begin: int, end: int, column: int = 0) -> np.ndarray:
+        """Those of one column by its number."""
+        _, width, places_V, breaks_V = self._columns[column]
+        found = self._buffers.take(end - begin, width)
+        whole = end > begin and breaks_V[end - 1] == breaks_V[begin]
+        self._range.gather(places_V[begin:end], found, side_by_side=whole)
+        return found
+
+    def page_in(self) -> bool:
+        """Have all of them in memory; False where some were not, as it seems."""
+        return all([self._range.page_in(places_V, width) for _, width, places_V, _ in self._columns])
 
 
 def runs(firsts_N: np.ndarray, counts_N: np.ndarray, step: int = 1) -> np.ndarray:

@@ -7,7 +7,10 @@ import math
 import numpy as np
 
 ROUNDS = 4
-HALF = np.uint64(32)
+_MULTIPLIERS = {  # of 32 bits: Wellons' triple32 and lowbias32; of 64 bits: SplitMix64
+    32: (np.uint32(0xED5AD4BB), np.uint32(0xAC4C1B51)),
+    64: (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)),
+}
 
 
 def permuted(numbers_N: np.ndarray, size: int, key: int | np.ndarray) -> np.ndarray:
@@ -27,26 +30,30 @@ def permuted(numbers_N: np.ndarray, size: int, key: int | np.ndarray) -> np.ndar
 
 def _network(numbers_N: np.ndarray, base: int, num_high: int, keys_N: np.ndarray) -> np.ndarray:
     """A permutation of the numbers below base * num_high: each digit in turn is moved on by a hash of the other."""
-    high, low = np.divmod(numbers_N.astype(np.uint64), np.uint64(base))
+    kind = np.uint32 if base < 1 << 16 else np.uint64  # numbers of 32 bits are hashed in half the time
+    high, low = (digit.astype(kind) for digit in np.divmod(numbers_N, base))
     for i in range(0, ROUNDS, 2):
-        _add_hash(low, base, high, mixed(keys_N + np.uint64(i)))
-        _add_hash(high, num_high, low, mixed(keys_N + np.uint64(i + 1)))
-    high *= np.uint64(base)
-    high += low
-    return high.view(np.int64)
+        _add_hash(low, base, high, mixed(keys_N + np.uint64(i)).astype(kind))
+        _add_hash(high, num_high, low, mixed(keys_N + np.uint64(i + 1)).astype(kind))
+    found_N = high.astype(np.int64)
+    found_N *= base
+    found_N += low.astype(np.int64)
+    return found_N
 
 
 def _add_hash(digits_N: np.ndarray, size: int, others_N: np.ndarray, keys_N: np.ndarray) -> None:
     """Move each digit on, modulo `size`, by a hash of its other digit."""
+    kind, bits = digits_N.dtype.type, 8 * digits_N.itemsize
+    half, (first, second) = kind(bits // 2), _MULTIPLIERS[bits]
     hashed_N = others_N + keys_N
-    hashed_N *= np.uint64(0xBF58476D1CE4E5B9)
-    hashed_N ^= hashed_N >> HALF
-    hashed_N *= np.uint64(0x94D049BB133111EB)
-    hashed_N >>= HALF
-    hashed_N *= np.uint64(size)
-    hashed_N >>= HALF
+    hashed_N *= first
+    hashed_N ^= hashed_N >> half
+    hashed_N *= second
+    hashed_N >>= half
+    hashed_N *= kind(size)
+    hashed_N >>= half
     digits_N += hashed_N
-    digits_N -= np.uint64(size) * (digits_N >= size)
+    digits_N -= kind(size) * (digits_N >= size)
 
 
 def mixed(values_N: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The Ray executor: token workers and decode actors that come and go. The only file that imports Ray."""
+"""The Ray executor: token workers and decode actors that come and go. Beside ray_data no other file imports Ray."""
 
 import contextlib
 import itertools

@@ -9,11 +9,10 @@ import pyarrow as pa
 
 from ..schemas.errors import CacheError
 from ..schemas.shard import EMBEDDINGS, FRAMES, MASKS
-from .byte_ranges import opened
 from .cache import TokenCache
+from .decoding import layout_of
 from .frame_file import EMBEDDINGS_COLUMN
-from .token_file import LOW, TokenFile, TokenLayout
-from .trajectory_file import TrajectoryFile
+from .token_file import LOW, TokenLayout
 
 Kind = Literal["grid", "packed", "masks"]
 
@@ -82,10 +81,9 @@ def stored_product(cache: TokenCache, name: str) -> StoredProduct:
     )
     if not files.num_rows:
         raise CacheError(f"{cache.folder.url}: nothing of {product} is committed yet: tokenmill status says what is")
-    names = tuple(files["name"].to_pylist())
     rows_F = files["num_rows"].to_numpy()
     starts = pa.table({"name": files["name"], "first_row": np.cumsum(rows_F) - rows_F})
-    kind, layout, widths = _layout(cache, product, names[0])
+    kind, layout, widths = _layout(cache, product)
     groups = _row_groups(cache, product, files)
     return StoredProduct(product, kind, layout, widths, groups, starts)
 
@@ -98,18 +96,14 @@ def _full_name(cache: TokenCache, name: str) -> str:
     return cache.product(name)
 
 
-def _layout(cache: TokenCache, product: str, file: str) -> tuple[Kind, TokenLayout, Mapping[str, int]]:
-    """What the footer of one of its files says: all files of a version have the same layout."""
+def _layout(cache: TokenCache, product: str) -> tuple[Kind, TokenLayout, Mapping[str, int]]:
     if product.startswith(MASKS):
         return "masks", TokenLayout(dtype="uint8", shape=(), codebook_size=256), {}
     if product.startswith(f"{FRAMES}/"):
         layout = TokenLayout(dtype="float16", shape=cache.info.products[product].shape, codebook_size=None)
         return "packed", layout, {EMBEDDINGS_COLUMN: layout.widths[LOW]}
-    if cache.has_trajectories(product):
-        with opened(cache.folder, file, TrajectoryFile) as trajectories:
-            return "packed", trajectories.layout, trajectories.layout.widths
-    with opened(cache.folder, file, TokenFile) as tokens:
-        return "grid", tokens.layout, tokens.layout.widths
+    layout = layout_of(product, cache.info.products[product])
+    return "packed" if cache.has_trajectories(product) else "grid", layout, layout.widths
 
 
 def _row_groups(cache: TokenCache, product: str, files: pa.Table) -> RowGroups:

@@ -21,6 +21,7 @@ from ..schemas.errors import REPAIR_REMEDY, CacheError
 from ..schemas.tables import FORMAT_KEY, check_format, with_format
 
 ROW_GROUP_BYTES = 4 << 20
+MOST_ROWS = 16384  # in a row group: pyarrow begins another page after 20,000
 PROFILE = b"tokenmill.profile"
 LAYOUT = b"tokenmill.layout"
 FINGERPRINT = b"tokenmill.fingerprint"
@@ -89,7 +90,7 @@ class TokenLayout:
     @property
     def rows_per_group(self) -> int:
         """Clips in a row group of about ROW_GROUP_BYTES."""
-        return max(1, ROW_GROUP_BYTES // sum(self.widths.values()))
+        return min(MOST_ROWS, max(1, ROW_GROUP_BYTES // sum(self.widths.values())))
 
     def to_json(self) -> str:
         """The layout as the footer keeps it."""

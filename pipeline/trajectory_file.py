@@ -21,6 +21,7 @@ from .token_file import (
     CHECKSUMS,
     LAYOUT,
     LOW,
+    MOST_ROWS,
     PROFILE,
     ROW_GROUP_BYTES,
     TokenLayout,
@@ -98,7 +99,8 @@ def _group_ends(ends_N: np.ndarray, width: int) -> list[int]:
     """Where row groups of about ROW_GROUP_BYTES end, in rows."""
     stops, begun = [], 0
     for row, end in enumerate(ends_N.tolist(), start=1):
-        if (end - begun) * width >= ROW_GROUP_BYTES or row == len(ends_N):
+        is_full = (end - begun) * width >= ROW_GROUP_BYTES or row - (stops[-1] if stops else 0) == MOST_ROWS
+        if is_full or row == len(ends_N):
             stops.append(row)
             begun = end
     return stops

@@ -2,8 +2,6 @@
 
 import io
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,14 +155,6 @@ def test_status_says_where_the_workers_time_went(tokenmill: Command, cache: Path
     manifests = [json.loads(path.read_text())["timings_s"] for path in (cache / "manifests" / "clips").iterdir()]
     assert seconds["decode wait"] == pytest.approx(sum(timings["decode"] for timings in manifests))
     assert seconds["tokenize"] == pytest.approx(sum(timings["tokenize"] for timings in manifests))
-
-
-def test_the_training_example_learns_from_a_cache(cache: Path) -> None:
-    example = Path(__file__).parents[2] / "examples" / "train.py"
-    done = subprocess.run([sys.executable, str(example), str(cache)], capture_output=True, text=True, check=True)
-    losses = [float(line.split()[3]) for line in done.stdout.splitlines()]
-    assert len(losses) == 3
-    assert losses[-1] < losses[0]
 
 
 def test_columns_of_one_name_keep_their_values(tokenmill: Command, cache: Path) -> None:

@@ -198,7 +198,10 @@ def test_what_masks_do_not_have_is_refused_in_one_line(
         assert refused.code in (1, 2)
         assert message in re.sub(r"[\s│╭╮╰╯─]+", " ", refused.err), refused.err
     with pytest.raises(CacheError, match="it has no tokens"):
-        cache.loader("objects", 4)
+        cache.loader("dct", 4)
+    for batch in cache.loader("objects", 4):
+        wanted = [one.masks_THW for one in cache.read_masks("objects", batch["clip_id"])]
+        assert np.array_equal(batch["objects"].numpy(), np.stack(wanted))
 
 
 def test_tars_hold_masks_and_tokens_of_a_clip_side_by_side(

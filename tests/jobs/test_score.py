@@ -378,6 +378,25 @@ class Searches(Dataset):
         return [*found, self.cache.select("red", 50, "fake").num_tokens]
 
 
+def test_loaders_give_embedded_frames_and_scores_of_clips(cache: TokenCache) -> None:
+    (query,) = cache.score("red")
+    best = f"(select max(r.p) from relevance r where r.clip_id = c.clip_id and r.query_id = '{query}')"
+    loader = cache.loader(["frames/colours", "fake"], 8, columns={"best": best}, where=f"{best} > 0.01")
+    wanted = {
+        row["clip_id"]: row["p"]
+        for row in cache.sql(
+            "select clip_id, max(p) as p from relevance where query_id = ? group by 1", [query]
+        ).to_pylist()
+    }
+    assert 0 < loader.num_clips == sum(p > 0.01 for p in wanted.values()) < len(wanted)
+    for batch in loader:
+        values, cu_seqlens, _ = batch["frames/colours"]
+        for i, clip_id in enumerate(batch["clip_id"]):
+            found = values[cu_seqlens[i] : cu_seqlens[i + 1]].numpy()
+            assert np.array_equal(found, cache.read_frames("frames/colours", clip_id).embeddings_KD)
+        assert batch["best"].tolist() == [wanted[clip_id] for clip_id in batch["clip_id"]]
+
+
 def test_forked_loaders_can_ask_what_their_parent_has_asked(cache: TokenCache) -> None:
     cache.score("red")
     asked = Searches(cache)

@@ -1,6 +1,8 @@
 """Caches of made-up tokens for tests of loaders, and batches to compare."""
 
 import importlib.util
+import itertools
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,11 +53,11 @@ def make_cache(
     url: str, num_clips: int = CLIPS, seed: int = 0, names: Iterable[str] = ("short", "long", "half", "tracks")
 ) -> str:
     """A cache of products: codes of 15 and of 18 bits, latents, and trajectories of 1 to 9 tokens."""
-    made = synthetic()
+    made, grid = synthetic(), (2, 4, 4)
     products = {
-        "short": made.MadeProduct(layout=TokenLayout(dtype="uint16", shape=(2, 4, 4), codebook_size=1 << 15), values=codes),
+        "short": made.MadeProduct(layout=TokenLayout(dtype="uint16", shape=grid, codebook_size=1 << 15), values=codes),
         "long": made.MadeProduct(
-            layout=TokenLayout(dtype="uint16", shape=(2, 4, 4), codebook_size=1 << 18),
+            layout=TokenLayout(dtype="uint16", shape=grid, codebook_size=1 << 18),
             values=lambda first, count: codes(first, count, 1 << 18),
         ),
         "half": made.MadeProduct(
@@ -88,6 +90,10 @@ def ids_of(batches: Iterable[dict[str, Any]]) -> list[list[str]]:
     return [batch["clip_id"] for batch in batches]
 
 
+def flat(parts: Iterable[list[str]]) -> list[str]:
+    return list(itertools.chain.from_iterable(parts))
+
+
 def assert_right(cache: TokenCache, batch: dict[str, Any]) -> None:
     """Every product of a batch is what TokenCache.read gives of its clips."""
     ids = batch["clip_id"]
@@ -105,8 +111,6 @@ def assert_right(cache: TokenCache, batch: dict[str, Any]) -> None:
 
 def copied(url: str, tmp_path: Path) -> Path:
     """A copy of a cache that a test may damage."""
-    import shutil
-
     return Path(shutil.copytree(url, tmp_path / "copy"))
 
 

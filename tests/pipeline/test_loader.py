@@ -14,7 +14,7 @@ from tokenmill.pipeline.loader import TokenLoader
 from tokenmill.schemas.errors import CacheError
 
 from . import test_cache
-from .loader_kit import CLIPS, assert_right, ids_of, make_cache
+from .loader_kit import CLIPS, assert_right, flat, ids_of, make_cache
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_every_clip_comes_once_and_batches_do_not_depend_on_the_number_of_ranks(
     first, second = ids_of(alone), ids_of(alone)
     assert len(first) == len(alone)
     for epoch in (first, second):
-        assert sorted(sum(epoch, [])) == cache.clips()["clip_id"].to_pylist()
+        assert sorted(flat(epoch)) == cache.clips()["clip_id"].to_pylist()
     assert (first == second) == (settings.get("shuffle") == "none")
     for world_size in (2, 4, 8):
         ranks = [
@@ -59,7 +59,7 @@ def test_every_clip_comes_once_and_batches_do_not_depend_on_the_number_of_ranks(
         parts = [ids_of(loader) for loader in ranks]
         assert {len(part) for part in parts} == {len(first)}
         for step, whole in enumerate(first):
-            assert sorted(sum((part[step] for part in parts), [])) == sorted(whole)
+            assert sorted(flat(part[step] for part in parts)) == sorted(whole)
             if "token_budget" not in settings:
                 assert all(part[step] == whole[rank::world_size] for rank, part in enumerate(parts))
 
@@ -85,7 +85,7 @@ def test_worker_processes_give_the_same_batches_in_the_same_order(
         assert one["caption"] == wanted["caption"]
     loader.set_epoch(1)
     assert ids_of(together) != ids_of(alone)
-    assert sorted(sum(ids_of(together), [])) == sorted(sum(ids_of(alone), []))
+    assert sorted(flat(ids_of(together))) == sorted(flat(ids_of(alone)))
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
@@ -120,7 +120,7 @@ def test_a_loader_goes_on_after_any_step_and_with_other_ranks(
             part = TokenLoader(cache, "tracks", 24, seed=9, rank=rank, world_size=3, **settings)
             part.load_state_dict(states[step])
             rest.append(ids_of(part))
-        assert [sorted(sum(parts, [])) for parts in zip(*rest, strict=True)] == [sorted(ids) for ids in batches[step:]]
+        assert [sorted(flat(parts)) for parts in zip(*rest, strict=True)] == [sorted(ids) for ids in batches[step:]]
 
 
 def test_an_epoch_that_was_left_begins_anew(cache: TokenCache) -> None:
@@ -189,7 +189,7 @@ def test_a_mixture_keeps_its_weights_at_any_time(cache: TokenCache, other: str) 
     sources = torch.cat([batch["source"] for batch in batches])
     for end in range(20, len(sources), 20):
         assert abs(int((sources[:end] == 0).sum()) - 0.75 * end) <= 1
-    ids = np.array(sum(ids_of(batches), []))
+    ids = np.array(flat(ids_of(batches)))
     counts = np.unique(ids[sources.numpy() == 1], return_counts=True)[1]
     assert len(counts) == 50  # the small one again and again, evenly
     assert counts.max() - counts.min() <= 1
@@ -203,7 +203,7 @@ def test_a_mixture_keeps_its_weights_at_any_time(cache: TokenCache, other: str) 
             for i, wanted in zip(chosen, one.read_trajectories("tracks", own), strict=True):
                 assert np.array_equal(values[cu_seqlens[i] : cu_seqlens[i + 1]].numpy(), wanted.values_Nd)
     following = ids_of(loader)
-    again = np.array(sum(following, []))
+    again = np.array(flat(following))
     assert set(cache.clips()["clip_id"].to_pylist()) <= {*ids, *again}  # the large one goes on where it was
 
 
@@ -266,7 +266,7 @@ def test_caches_that_store_a_product_in_other_ways_do_not_mix(
         TokenLoader(real, "levels", 8, levels=3)
     synthetic = TokenLoader(cache, "short", 8)
     assert synthetic.num_clips == CLIPS
-    with pytest.raises(CacheError, match="caches of a mixture must store it alike|no product tokens/dct"):
+    with pytest.raises(CacheError, match="no product tokens/dct"):
         TokenLoader({real: 1, cache: 1}, "dct", 8)
 
 

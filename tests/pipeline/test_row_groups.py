@@ -64,6 +64,14 @@ def test_a_rewritten_file_has_no_places(path: str, tmp_path: Path) -> None:
     assert rest_digest(other) == hashlib.sha256(data).hexdigest()
 
 
+def test_narrow_tokens_have_one_page_to_a_row_group(tmp_path: Path) -> None:
+    path = str(tmp_path / "narrow.parquet")
+    layout = TokenLayout(dtype="uint16", shape=(1, 2, 2), codebook_size=1 << 16)
+    values = np.random.default_rng(0).integers(0, 1 << 16, (40_000, 1, 2, 2))
+    write_token_file(path, pa.table({"clip_id": [f"{i:032x}" for i in range(40_000)]}), values, layout, {})
+    assert [group.num_rows for group in read_row_groups(Path(path).read_bytes(), path)] == [16_384, 16_384, 7_232]
+
+
 def test_files_without_tokens_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "clips.parquet"
     pq.write_table(pa.table({"a": [1]}, metadata={"tokenmill.format": "1"}), path)
