@@ -78,7 +78,7 @@ def make_cache(
             for name, one in products.items():
                 shard.write_tokens(name, one, first)
     stamps = STAMP_SCHEMA.empty_table()
-    write_plan(folder, PlanTables(videos=videos, clips=pa.concat_tables(planned), stamps=stamps))
+    write_plan(folder, PlanTables(videos=videos, clips=pa.concat_tables(planned).combine_chunks(), stamps=stamps))
 
 
 def _entry(one: MadeProduct, version: str) -> ProductInfo:
@@ -123,7 +123,7 @@ def _clips(first: int, count: int, videos: pa.Table, rng: np.random.Generator) -
     """
     number_N = np.arange(first, first + count)
     starts_s_N = number_N % CLIPS_PER_VIDEO * (FRAMES_PER_CLIP / FPS)
-    pts_s_NT = starts_s_N[:, None] + np.arange(FRAMES_PER_CLIP) / FPS
+    pts_s_NT = ((number_N % CLIPS_PER_VIDEO * FRAMES_PER_CLIP)[:, None] + np.arange(FRAMES_PER_CLIP)) / FPS
     hex_digits = rng.bytes(16 * count).hex()
     video_N = pa.array(number_N // CLIPS_PER_VIDEO, pa.int32())
     shard_id = hashlib.sha256(f"synthetic shard {first}".encode()).hexdigest()[:16]

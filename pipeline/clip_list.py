@@ -158,6 +158,24 @@ class ClipList:
         return found
 
 
+def joined_columns(parts: list[Any]) -> Any:
+    """A column of several caches: a tensor where all have numbers."""
+    if all(isinstance(part, torch.Tensor) for part in parts):
+        return torch.cat(parts)
+    if isinstance(parts[0], ClipIds):
+        return ClipIds.joined(parts)
+    return [one for part in parts for one in part]
+
+
+def chosen_rows(column: Any, places_N: np.ndarray) -> Any:
+    """Some rows of a column."""
+    if isinstance(column, torch.Tensor):
+        return column[torch.from_numpy(places_N)]
+    if isinstance(column, ClipIds):
+        return column[places_N]
+    return [column[i] for i in places_N.tolist()]
+
+
 def list_clips(
     cache: TokenCache, products: Sequence[StoredProduct], where: str, columns: Mapping[str, str]
 ) -> ClipList:

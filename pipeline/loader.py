@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..schemas.digest import digest_of
 from ..schemas.errors import CacheError
 from .cache import TokenCache
-from .clip_list import ClipIds, list_clips
+from .clip_list import chosen_rows, joined_columns, list_clips
 from .clip_order import ClipOrder, Shuffle
 from .clip_reader import ClipReader, Packed, Values, joined
 from .local_cache import LocalCache
@@ -324,7 +324,7 @@ class TokenLoader(IterableDataset[Batch]):
     ) -> Iterator[Batch]:
         """The clips of a block, divided into steps; `small` are ids and columns of all clips that were planned."""
         if len(kept_N) and kept_N[-1] - kept_N[0] + 1 > len(kept_N):  # some were left out
-            small = {name: _chosen(column, kept_N) for name, column in small.items()}
+            small = {name: chosen_rows(column, kept_N) for name, column in small.items()}
             ends_S = np.searchsorted(kept_N, ends_S)
             first = 0
         else:
@@ -347,7 +347,7 @@ class TokenLoader(IterableDataset[Batch]):
             reader.clips.small(clips_N[part], self._columns) for part, reader in zip(parts, self._readers, strict=True)
         ]
         order_N = np.argsort(np.concatenate(parts))
-        columns = {name: _chosen(_together([one[name] for one in found]), order_N) for name in found[0]}
+        columns = {name: chosen_rows(joined_columns([one[name] for one in found]), order_N) for name in found[0]}
         return {**columns, "source": torch.from_numpy(sources_N)}
 
 
@@ -364,24 +364,6 @@ def _pinned(part: Any) -> Any:
     if isinstance(part, Packed):
         return part._replace(values=part.values.pin_memory())
     return [grid.pin_memory() for grid in part] if isinstance(part, list) else part.pin_memory()
-
-
-def _together(parts: list[Any]) -> Any:
-    """A column of several caches: a tensor where all have numbers."""
-    if all(isinstance(part, torch.Tensor) for part in parts):
-        return torch.cat(parts)
-    if isinstance(parts[0], ClipIds):
-        return ClipIds.joined(parts)
-    return [one for part in parts for one in part]
-
-
-def _chosen(column: Any, places_N: np.ndarray) -> Any:
-    """Some rows of a column."""
-    if isinstance(column, torch.Tensor):
-        return column[torch.from_numpy(places_N)]
-    if isinstance(column, ClipIds):
-        return column[places_N]
-    return [column[i] for i in places_N.tolist()]
 
 
 def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:

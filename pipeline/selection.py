@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from ..schemas.errors import CacheError, RecipeError
+from ..schemas.errors import REPAIR_REMEDY, CacheError, RecipeError
 from .allocation import Policy
 from .byte_ranges import RANGE_TYPE, ByteRange, opened, read_ranges
 from .cache import TokenCache
@@ -285,8 +285,7 @@ def _check_groups(cache: TokenCache, pieces: Sequence[_Piece]) -> int:
         if checksum is not None and zlib.crc32(data) != checksum:
             raise CacheError(
                 f"{cache.folder.uri(one.name)}: the row group of {one.size} bytes at {one.offset} is damaged (its"
-                f" CRC-32 does not match): tokenmill verify lists what is damaged; delete the file's manifest and run"
-                f" the recipe again"
+                f" CRC-32 does not match): {REPAIR_REMEDY}"
             )
     return num_read
 

@@ -26,7 +26,13 @@ from .token_file import HIGH, LEVEL, LOW, TokenLayout, from_planes
 CLIPS_WITH_VIDEOS = """(select c.*, v.uri, v.caption, v.metadata from clips c left join videos v using (video_id))"""
 
 MACROS = "macros"
-CODE_MACROS = ("code_",)  # how their names begin; others are made when DuckDB does not know what a query names
+CODE_MACROS = (
+    "code_",
+    "static_clips",
+    "duplicate_clips",
+    "near_duplicates",
+    "similar_code_sets",
+)  # how names begin; others are made when DuckDB does not know what a query names
 # How words begin in queries that are about all views, or about one whose name they make up.
 LISTS_VIEWS = ("information_schema", "duckdb_", "pg_", "sqlite_", "show", "pragma", "query_table")
 

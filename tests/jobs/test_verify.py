@@ -133,8 +133,8 @@ def test_a_sample_that_is_made_again_is_the_same(tokenmill: Command, cache: Path
 def test_tokens_that_are_made_otherwise_are_counted(tokenmill: Command, cache: Path) -> None:
     """The index of another file's rows: every code of the clips that trade places is compared with a stranger's."""
     with duckdb.connect(str(cache / "index.duckdb")) as index:
-        index.execute("""update locations set row_in_file = (select max(row_in_file) from locations l
-                         where l.name = locations.name) - row_in_file""")
+        index.execute("""update "places of tokens/dct" p set row_in_file = (select max(row_in_file)
+                         from "places of tokens/dct" l where l.file = p.file) - row_in_file""")
     (problem,) = problems_of(tokenmill, "--retokenize", "1")
     differ = int(problem.removeprefix("tokens/dct: ").split()[0].replace(",", ""))
     assert 100 < differ <= 8 * 384
