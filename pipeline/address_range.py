@@ -46,7 +46,7 @@ class AddressRange:
         buffer = (ctypes.c_uint8 * self.size).from_address(self._base)
         self.bytes = np.frombuffer(buffer, np.uint8)
         self._tensor = torch.frombuffer(buffer, dtype=torch.uint8)
-        self._runs_of: dict[int, torch.Tensor] = {}
+        self._rows_of: dict[int, torch.Tensor] = {}
 
     def map(self, place: int, descriptor: int, size: int) -> None:
         """Let the first `size` bytes of an open file be read at `place`, a multiple of PAGE; it may be closed then."""
@@ -56,21 +56,21 @@ class AddressRange:
         """Give back what was mapped at `place`."""
         _mapped(self._base + place, pages(size), _NONE, _UNBACKED | _FIXED, -1)
 
-    def gather(self, places_N: np.ndarray, out_NW: np.ndarray, *, side_by_side: bool = False) -> None:
+    def gather(self, places_N: np.ndarray, out_NW: np.ndarray) -> None:
         """Copy the W bytes from each place on to uint8 `out_NW`; other threads run meanwhile."""
-        if not out_NW.size:
-            return
-        if side_by_side:
-            first = int(places_N[0])
-            np.copyto(out_NW.reshape(-1), self.bytes[first : first + out_NW.size])
-        else:
-            torch.index_select(self._runs(out_NW.shape[1]), 0, torch.from_numpy(places_N), out=torch.from_numpy(out_NW))
+        if out_NW.size:
+            rows = self._rows(out_NW.shape[1])
+            torch.index_select(rows, 0, torch.from_numpy(places_N), out=torch.from_numpy(out_NW))
 
-    def _runs(self, width: int) -> torch.Tensor:
-        """All runs of `width` bytes: one begins at every address."""
-        if width not in self._runs_of:
-            self._runs_of[width] = torch.as_strided(self._tensor, (self.size - width + 1, width), (1, 1))
-        return self._runs_of[width]
+    def copy(self, place: int, out_NW: np.ndarray) -> None:
+        """Copy as many bytes as `out_NW` has from one place on."""
+        np.copyto(out_NW.reshape(-1), self.bytes[place : place + out_NW.size])
+
+    def _rows(self, width: int) -> torch.Tensor:
+        """All rows of `width` bytes: one begins at every address."""
+        if width not in self._rows_of:
+            self._rows_of[width] = torch.as_strided(self._tensor, (self.size - width + 1, width), (1, 1))
+        return self._rows_of[width]
 
     def page_in(self, places_N: np.ndarray, width: int) -> bool:
         """Have the bytes at each place in memory: unless a sample of them was, by many threads that read the disk."""

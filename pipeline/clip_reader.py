@@ -13,7 +13,8 @@ import torch
 from ..schemas.errors import CacheError
 from .clip_list import ClipList
 from .local_cache import LocalCache
-from .mapped_tokens import MappedTokens, runs
+from .mapped_tokens import MappedTokens
+from .mapped_values import runs
 from .mask_file import MaskFile
 from .storage import Folder, storage_errors
 from .stored_product import StoredProduct

@@ -23,6 +23,7 @@ from ..schemas.errors import REPAIR_REMEDY, CacheError
 from .address_range import AddressRange, Buffers, pages
 from .byte_ranges import ByteRange, opened, read_ranges
 from .local_cache import LocalCache
+from .mapped_values import MappedColumn, MappedValues, runs
 from .row_groups import ranges_between, read_values
 from .storage import Folder, storage_errors
 from .stored_product import StoredProduct
@@ -106,10 +107,7 @@ class MappedTokens:
             groups_N = np.searchsorted(self._groups.value_ends_G, firsts_N, side="right")
             if not (self._is_all_ready or self._ready[:, groups_N].all()):
                 self._prepare(np.unique(groups_N), skip_damaged=skip_damaged)
-            columns = [
-                (column, width, places_V, np.cumsum(np.diff(places_V, prepend=places_V[:1] - width) != width))
-                for column, width, places_V in self._places_by_column(groups_N, firsts_N, counts_N)
-            ]
+            columns = [MappedColumn(*one) for one in self._places_by_column(groups_N, firsts_N, counts_N)]
             values = MappedValues(self._range, self._buffers, columns)
             damaged_N = self._damaged_G[groups_N]
             if not damaged_N.any():
@@ -355,41 +353,6 @@ class MappedTokens:
         self._mapped.clear()
         self._mapped_alone_bytes = 0
         self._ready[:] = self._is_all_ready = False
-
-
-class MappedValues:
-    """Values whose places in memory are known: a part of them is gathered when it is asked for."""
-
-    def __init__(
-        self, addresses: AddressRange, buffers: Buffers, columns: Sequence[tuple[str, int, np.ndarray, np.ndarray]]
-    ) -> None:
-        self._range, self._buffers = addresses, buffers
-        self._columns = columns  # name, width, places (V,), and how many values before (V,) do not follow on the last
-
-    def planes(self, begin: int, end: int) -> dict[str, np.ndarray]:
-        """The bytes (end - begin, width) of each column of values begin..end-1."""
-        return {column: self.plane(begin, end, i) for i, (column, _, _, _) in enumerate(self._columns)}
-
-    def plane(self, begin: int, end: int, column: int = 0) -> np.ndarray:
-        """Those of one column by its number."""
-        _, width, places_V, breaks_V = self._columns[column]
-        found = self._buffers.take(end - begin, width)
-        whole = end > begin and breaks_V[end - 1] == breaks_V[begin]
-        self._range.gather(places_V[begin:end], found, side_by_side=whole)
-        return found
-
-    def page_in(self) -> bool:
-        """Have all of them in memory; False where some were not, as it seems."""
-        return all([self._range.page_in(places_V, width) for _, width, places_V, _ in self._columns])
-
-
-def runs(firsts_N: np.ndarray, counts_N: np.ndarray, step: int = 1) -> np.ndarray:
-    """The numbers first, first + step, ... of each run, one run after the other."""
-    ends_N = np.cumsum(counts_N)
-    total = int(ends_N[-1]) if len(ends_N) else 0
-    found = np.arange(total) * step
-    found += np.repeat(firsts_N - (ends_N - counts_N) * step, counts_N)
-    return found
 
 
 def _reopened(url: str, *arguments: Any, verify: bool) -> MappedTokens:
