@@ -42,7 +42,8 @@ class AddressRange:
     def __init__(self, size: int) -> None:
         self.size = pages(max(size, 1))
         self._base = _mapped(None, self.size, _NONE, _UNBACKED, -1)
-        weakref.finalize(self, _libc.munmap, self._base, self.size)
+        # Not at the end of the process: threads may still be reading.
+        weakref.finalize(self, _libc.munmap, self._base, self.size).atexit = False
         buffer = (ctypes.c_uint8 * self.size).from_address(self._base)
         self.bytes = np.frombuffer(buffer, np.uint8)
         self._tensor = torch.frombuffer(buffer, dtype=torch.uint8)

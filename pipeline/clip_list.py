@@ -2,9 +2,12 @@
 file that all ranks and workers of a machine share.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,16 +18,16 @@ import pyarrow as pa
 import torch
 
 from ..schemas.digest import digest_of
-from ..schemas.errors import CacheError
+from ..schemas.errors import REPAIR_REMEDY, CacheError
 from .cache import TokenCache
 from .places import user_cache_folder
 from .relevance_views import NAMES_RELEVANCE, RELEVANCE
-from .storage import written_aside
+from .storage import storage_errors, written_aside
 from .stored_product import StoredProduct
 from .views import CLIPS_WITH_VIDEOS
 
-REVISION = 2  # rises with every change of the file
-MOST_KEPT = 64  # lists that stay on disk; older ones are removed
+REVISION = 3  # rises with every change of the file
+MOST_KEPT, KEPT_S = 64, 30 * 86400  # lists that stay on disk
 ID_BYTES = 16
 DIGEST = b"tokenmill.digest"
 
@@ -79,6 +82,8 @@ class ClipList:
 
     @cached_property
     def _table(self) -> pa.Table:
+        with contextlib.suppress(OSError):
+            os.utime(self.path)  # it is in use
         return pa.ipc.open_file(pa.memory_map(self.path)).read_all()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -149,8 +154,8 @@ class ClipList:
     @cached_property
     def _columns(self) -> dict[str, np.ndarray | pa.Array]:
         found: dict[str, np.ndarray | pa.Array] = {}
-        for name in self.column_names:
-            column = self._table[name]
+        for i, name in enumerate(self.column_names):
+            column = self._table[f"column_{i}"]
             values = column.chunk(0) if column.num_chunks else pa.array([], column.type)
             kind = values.type
             is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
@@ -186,34 +191,41 @@ def list_clips(
     """
     state = cache.sql("select value from meta where key = 'state'")["value"][0].as_py()
     if NAMES_RELEVANCE.search(" ".join([where, *columns.values()])):
-        cache.refresh()
         state = digest_of([state, cache.folder.list(RELEVANCE)])
+        cache.refresh()  # later, so that a list is never of less than its name says
     names = tuple(product.name for product in products)
     key = digest_of([REVISION, cache.folder.url, state, names, where, dict(columns)])
     path = os.path.join(user_cache_folder("clips"), f"{key[:32]}.arrow")
-    if not os.path.exists(path):
-        table = _listed(cache, products, where, columns)
+    with storage_errors(path):
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with (
-            written_aside(path) as aside,
-            pa.OSFile(aside, "wb") as sink,
-            pa.ipc.new_file(sink, table.schema) as writer,
-        ):
-            writer.write_table(table)
-        _forget_old(os.path.dirname(path))
-    os.utime(path)
+        with open(f"{os.path.dirname(path)}/lock-{key[:2]}", "ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine makes it, the others wait for it
+            if not os.path.exists(path):
+                _write(path, _listed(cache, products, where, columns))
+                _forget_old(os.path.dirname(path))
     return ClipList(path, names)
 
 
+def _write(path: str, table: pa.Table) -> None:
+    with written_aside(path) as aside, pa.OSFile(aside, "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
 def _forget_old(folder: str) -> None:
-    paths = sorted((entry.stat().st_mtime, entry.path) for entry in os.scandir(folder) if entry.is_file())
-    for _, path in paths[:-MOST_KEPT]:
-        os.unlink(path)
+    """Remove lists that nothing has mapped for a month, but for the newest ones."""
+    found = []
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((entry.stat().st_mtime, entry.path))
+    for modified_s, path in sorted(found)[:-MOST_KEPT]:
+        if path.endswith(".arrow") and modified_s < time.time() - KEPT_S:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
 
 
 def _listed(cache: TokenCache, products: Sequence[StoredProduct], where: str, columns: Mapping[str, str]) -> pa.Table:
     """The clips as a table of one chunk: clip_id, num_valid, first_<i> and count_<i> of each product, the columns."""
-    chosen = "".join(f", {expression}\n as {_quoted(name)}" for name, expression in columns.items())
+    chosen = "".join(f", {expression}\n as _column_{i}" for i, expression in enumerate(columns.values()))
     rows = ", ".join(f"f{i}.first_row + l{i}.row_in_file as _row_{i}" for i in range(len(products)))
     joins = " ".join(
         f"""join locations l{i} on l{i}.product = '{product.name}' and l{i}.clip_id = c._clip::uuid
@@ -246,7 +258,12 @@ def _listed(cache: TokenCache, products: Sequence[StoredProduct], where: str, co
         else:
             arrays[f"first_{i}"] = pa.array((np.cumsum(counts_R) - counts_R)[rows_N])
             arrays[f"count_{i}"] = pa.array(counts_R[rows_N])
-    arrays |= {name: _one_chunk(table[name]) for name in columns}
+            if counts_R.sum(dtype=np.int64) != product.groups.value_ends_G[-1]:
+                raise CacheError(
+                    f"{product.name}: clips have {counts_R.sum(dtype=np.int64)} values by its small columns,"
+                    f" {product.groups.value_ends_G[-1]} by footers: a file is damaged: {REPAIR_REMEDY}"
+                )
+    arrays |= {f"column_{i}": _one_chunk(table[f"_column_{i}"]) for i in range(len(columns))}
     metadata = {DIGEST: digest.hexdigest(), b"tokenmill.columns": json.dumps(list(columns))}
     return pa.table(arrays).replace_schema_metadata(metadata)
 
@@ -256,7 +273,3 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     if pa.types.is_string(column.type):
         column = column.cast(pa.large_string())
     return column.combine_chunks()
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -248,7 +249,7 @@ class MaskFiles:
     """Files of masks that were read last, open; it travels without them."""
 
     def __init__(self, folder: Folder) -> None:
-        self._folder, self._pid = folder, os.getpid()
+        self._folder, self._pid, self._lock = folder, os.getpid(), threading.Lock()
         self._files: OrderedDict[str, MaskFile] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -263,7 +264,10 @@ class MaskFiles:
         masks, damaged_N = [], np.zeros(len(rows_N), bool)
         for i, (file, row) in enumerate(zip(files_N.tolist(), rows_N.tolist(), strict=True)):
             try:
-                found = self._opened(product.groups.names_F[file]).read(row - int(starts[file]))
+                if self._pid != os.getpid():  # neither locks nor streams of stores survive a fork
+                    self.__init__(Folder(self._folder.url))
+                with self._lock:
+                    found = self._opened(product.groups.names_F[file]).read(row - int(starts[file]))
                 masks.append(torch.from_numpy(np.array(found.masks_THW)))
             except CacheError:
                 if not skip_damaged:
@@ -272,8 +276,6 @@ class MaskFiles:
         return masks, damaged_N
 
     def _opened(self, name: str) -> MaskFile:
-        if self._pid != os.getpid():  # streams of stores do not survive a fork
-            self.__init__(Folder(self._folder.url))
         if name not in self._files:
             with storage_errors(self._folder.uri(name)):
                 if self._folder.is_local:

@@ -18,6 +18,7 @@ from .clip_list import chosen_rows, joined_columns, list_clips
 from .clip_order import ClipOrder, Shuffle
 from .clip_reader import ClipReader, Packed, Values, joined
 from .local_cache import LocalCache
+from .ranks import place_of, refuse_other_data
 from .step_plan import BudgetPlan, CountPlan, Tail
 from .stored_product import StoredProduct, stored_product
 
@@ -26,6 +27,8 @@ Batch = dict[str, Any]
 BLOCK_BYTES = 8 << 20  # that are read at once
 BLOCKS_AHEAD = 2
 PLANNED_CLIPS = 8192  # at once, of one rank
+PLANNED_BYTES = 256 << 20
+SLOTS = 64  # of counts of worker processes
 STATE_VERSION = 1
 ACCEPTED = {
     "shuffle": ("none", "window", "global"),
@@ -87,7 +90,7 @@ class TokenLoader(IterableDataset[Batch]):
     ) -> None:
         weights = dict(cache) if isinstance(cache, Mapping) else {cache: 1.0}
         names = [products] if isinstance(products, str) else list(products)
-        self.rank, self.world_size = _place(rank, world_size)
+        self.rank, self.world_size = place_of(rank, world_size)
         self._token_budget = token_budget
         self._batch_size = batch_size or (self.world_size if token_budget else 0)
         self._check(names, weights, window, shuffle=shuffle, tail=tail, on_damage=on_damage)
@@ -119,10 +122,13 @@ class TokenLoader(IterableDataset[Batch]):
             "batch_size": self._batch_size,
             "token_budget": token_budget,
         }
-        # Epoch and clips skipped, in memory that worker processes share.
-        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()
+        if rank is None:
+            refuse_other_data(self._identity["data"])
+        # Epoch, whether workers have read, and clips skipped by each: in memory that worker processes share.
+        self._shared = torch.zeros(3 + SLOTS, dtype=torch.int64).share_memory_()
         self._own_epoch: int | None = None  # of a worker that was given a state of its own
         self._start, self._step, self._hint = 0, 0, (0, 0)
+        self._is_begun = self._is_own_start = False
 
     def _check(self, names: list[str], weights: Mapping[TokenCache, float], window: int, **choices: str) -> None:
         """ValueError where settings cannot be."""
@@ -198,7 +204,7 @@ class TokenLoader(IterableDataset[Batch]):
     @property
     def num_skipped(self) -> int:
         """Clips that were left out of batches since their tokens are damaged, in all processes."""
-        return int(self._shared[1])
+        return int(self._shared[2:].sum())
 
     @property
     def fill(self) -> float | None:
@@ -212,10 +218,23 @@ class TokenLoader(IterableDataset[Batch]):
         if epoch != self.epoch:
             self._shared[0] = epoch
             self._own_epoch, self._start, self._step, self._hint = None, 0, 0, (0, 0)
+            self._is_begun = self._is_own_start = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader is: after the last batch that it gave."""
-        return {**self._identity, "epoch": self.epoch, "step": self._step, "hint": list(self._hint)}
+        """Where the loader is: after the last batch that it gave.
+
+        CacheError where worker processes have given batches: only a StatefulDataLoader knows which of them came.
+        """
+        worker = get_worker_info()
+        if worker is None and self._shared[1]:
+            raise CacheError(
+                "batches were read by worker processes of a DataLoader, so the loader does not know where it is: use"
+                " torchdata's StatefulDataLoader and its state_dict, or iterate the loader itself"
+            )
+        of_worker = worker is not None and self._is_begun
+        return {
+            **self._identity, "epoch": self.epoch, "step": self._step, "hint": list(self._hint), "of_worker": of_worker
+        }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`; CacheError where it is of other data, another batch size or another order."""
@@ -233,24 +252,25 @@ class TokenLoader(IterableDataset[Batch]):
         self._hint = (int(state["hint"][0]), int(state["hint"][1]))
         if isinstance(self._plan, BudgetPlan):
             self._plan.use_hint(int(state["epoch"]), self._hint)
+        self._is_own_start = bool(state["of_worker"])  # else workers go on at their own distances from the step
         if get_worker_info() is None:
-            self._shared[0] = int(state["epoch"])
+            self._shared[0], self._shared[1] = int(state["epoch"]), 0
         else:
             self._own_epoch = int(state["epoch"])
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         stride, epoch = worker.num_workers if worker else 1, self.epoch
-        first = self._start + (worker.id if worker and self._own_epoch is None else 0)
-        self._start = 0
-        self._step = first
+        first = self._start + (worker.id if worker and not self._is_own_start else 0)
+        self._start, self._step, self._own_epoch = 0, first, None
+        self._is_begun, self._is_own_start, self._shared[1] = True, False, int(worker is not None)
+        slot = 2 + (worker.id % SLOTS if worker else SLOTS)
         for block in self._blocks(epoch, first, stride):
             self._hint = block.hint
-            self._shared[1] += block.num_damaged
+            self._shared[slot] += block.num_damaged
             for batch in block.batches:
                 self._step += stride
                 yield batch
-        self._own_epoch = None
         if worker is None:
             self._shared[0] = epoch + 1
             self._step, self._hint = 0, (0, 0)
@@ -276,7 +296,8 @@ class TokenLoader(IterableDataset[Batch]):
         bytes_per_step, num_steps = max(1, self._bytes_per_step()), 1
         is_late = len(self._readers) == 1 and self._readers[0].is_gathered_late
         per_block = PLANNED_CLIPS if is_late else max(1, BLOCK_BYTES // bytes_per_step)
-        most = max(1, PLANNED_CLIPS * self.world_size // self._batch_size)
+        share = max(1, self._batch_size // self.world_size)
+        most = max(1, min(PLANNED_CLIPS // share, PLANNED_BYTES // bytes_per_step))
         while True:
             steps_S = np.arange(first, first + num_steps * stride, stride)
             planned = self._plan.positions(epoch, steps_S, self.rank, self.world_size)
@@ -289,7 +310,12 @@ class TokenLoader(IterableDataset[Batch]):
                 ends_S = planned.ends_S[block : block + per_block]
                 span = slice(begin, int(ends_S[-1]))
                 values, kept_N = self._read(sources_N[span], clips_N[span])
-                batches = self._batches(values, small, kept_N + begin, ends_S)
+                block_small = {name: column[span] for name, column in small.items()}
+                block_ends_S = ends_S - begin
+                if len(kept_N) < span.stop - begin:
+                    block_small = {name: chosen_rows(column, kept_N) for name, column in block_small.items()}
+                    block_ends_S = np.searchsorted(kept_N, block_ends_S)
+                batches = self._batches(values, block_small, block_ends_S)
                 yield _Block(batches, hint, span.stop - begin - len(kept_N))
                 begin = span.stop
             first, num_steps = first + num_steps * stride, min(4 * num_steps, most)
@@ -319,19 +345,11 @@ class TokenLoader(IterableDataset[Batch]):
             kept_N = np.concatenate(places)[order_N]
         return values, kept_N
 
-    def _batches(
-        self, values: Mapping[str, Values], small: Mapping[str, Any], kept_N: np.ndarray, ends_S: np.ndarray
-    ) -> Iterator[Batch]:
-        """The clips of a block, divided into steps; `small` are ids and columns of all clips that were planned."""
-        if len(kept_N) and kept_N[-1] - kept_N[0] + 1 > len(kept_N):  # some were left out
-            small = {name: chosen_rows(column, kept_N) for name, column in small.items()}
-            ends_S = np.searchsorted(kept_N, ends_S)
-            first = 0
-        else:
-            first = int(kept_N[0]) if len(kept_N) else 0
-        ends = (ends_S - first).tolist()
+    def _batches(self, values: Mapping[str, Values], small: Mapping[str, Any], ends_S: np.ndarray) -> Iterator[Batch]:
+        """The clips of a block, divided into steps; `small` are their ids and columns."""
+        ends = ends_S.tolist()
         spans = list(zip([0, *ends[:-1]], ends, strict=True))
-        columns = [[column[first + begin : first + end] for begin, end in spans] for column in small.values()]
+        columns = [[column[begin:end] for begin, end in spans] for column in small.values()]
         names = [*small, *values]
         parts = [one.part for one in values.values()]
         for small_parts, (begin, end) in zip(zip(*columns, strict=True), spans, strict=True):
@@ -364,20 +382,6 @@ def _pinned(part: Any) -> Any:
     if isinstance(part, Packed):
         return part._replace(values=part.values.pin_memory())
     return [grid.pin_memory() for grid in part] if isinstance(part, list) else part.pin_memory()
-
-
-def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Rank and number of ranks: those given, else of torch.distributed, else alone."""
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"give both of rank and world_size, or none: {rank=} {world_size=}")
-    if rank is None or world_size is None:
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized():
-            return distributed.get_rank(), distributed.get_world_size()
-        return 0, 1
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be 0 to world_size - 1: {rank=} {world_size=}")
-    return rank, world_size
 
 
 def _clips_per_run(reader: ClipReader, product: StoredProduct) -> int:

@@ -103,7 +103,7 @@ class MappedTokens:
 
         Also which clips (N,) are damaged, as `read` has it: their values are not to be gathered.
         """
-        with self._lock:
+        with self._own_lock():
             groups_N = np.searchsorted(self._groups.value_ends_G, firsts_N, side="right")
             if not (self._is_all_ready or self._ready[:, groups_N].all()):
                 self._prepare(np.unique(groups_N), skip_damaged=skip_damaged)
@@ -122,9 +122,7 @@ class MappedTokens:
         `counts_N` are the values of each clip, 1 without. Also which clips (N,) were left out since their tokens are
         damaged: none without `skip_damaged`, then CacheError names file, row group and remedy.
         """
-        with self._lock:
-            if self._needs_folder():
-                self._use(Folder(self._folder.url))
+        with self._own_lock():
             groups_N = np.searchsorted(self._groups.value_ends_G, firsts_N, side="right")
             if self._is_all_ready or self._ready[:, groups_N].all():
                 return self._gathered(groups_N, firsts_N, counts_N), np.zeros(len(firsts_N), bool)
@@ -164,9 +162,13 @@ class MappedTokens:
         kept = runs(begins_N[whole_N], sizes_N[whole_N])
         return {column: plane[kept] for column, plane in planes.items()}, ~whole_N
 
-    def _needs_folder(self) -> bool:
-        """Clients of stores do not survive a fork."""
-        return self._pid != os.getpid() and not self._folder.is_local
+    def _own_lock(self) -> threading.Lock:
+        """The lock of this process: after a fork neither a lock that was held nor a client of a store is of use."""
+        if self._pid != os.getpid():
+            self._lock, self._pid = threading.Lock(), os.getpid()
+            if not self._folder.is_local:
+                self._use(Folder(self._folder.url))
+        return self._lock
 
     def _gathered(
         self, groups_N: np.ndarray, firsts_N: np.ndarray, counts_N: np.ndarray | None
@@ -223,7 +225,7 @@ class MappedTokens:
     def _prepare_file(self, file: int) -> tuple[np.ndarray, str] | None:
         """Map a local file, and check what it holds besides tokens; what is wrong, and for which row groups."""
         name, size = self._groups.names_F[file], int(self._groups.sizes_F[file])
-        groups = np.flatnonzero(self._groups.files_G == file)
+        groups = np.arange(*np.searchsorted(self._groups.files_G, [file, file + 1]))
         is_mapped_whole = not self._is_alone[0, groups[0]]
         if is_mapped_whole and int(self._file_places_F[file]) not in self._mapped:
             with storage_errors(self._folder.uri(name)), open(self._folder.path(name), "rb") as stream:
@@ -240,8 +242,10 @@ class MappedTokens:
     def _check_rest(self, file: int, groups: np.ndarray) -> None:
         """Compare the digest of all that a file holds besides tokens, unless another tool has rewritten it."""
         wanted, name = self._groups.rest_sha256_F[file], self._groups.names_F[file]
+        if not self._verify or not wanted or file in self._checked_files:
+            return
         offsets = {column: offsets_G[groups] for column, offsets_G in self._groups.offsets.items()}
-        if not self._verify or not wanted or file in self._checked_files or min(map(np.min, offsets.values())) < 0:
+        if min(map(np.min, offsets.values())) < 0:
             return
         values_G = self._groups.value_ends_G[groups] - self._begins_G[groups]
         spans = [

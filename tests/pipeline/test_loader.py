@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader
 
 from tokenmill.pipeline.cache import TokenCache, open_cache
 from tokenmill.pipeline.loader import TokenLoader
+from tokenmill.pipeline.token_file import TokenLayout
 from tokenmill.schemas.errors import CacheError
 
 from . import test_cache
-from .loader_kit import CLIPS, assert_right, flat, ids_of, make_cache
+from .loader_kit import assert_right, flat, ids_of, make_cache, synthetic
 
 
 @pytest.fixture(scope="module")
@@ -249,10 +250,8 @@ def test_what_a_cache_does_not_have_is_said(cache: TokenCache, settings: dict[st
         TokenLoader(cache, **{"products": "short", "batch_size": 16, **settings})
 
 
-def test_caches_that_store_a_product_in_other_ways_do_not_mix(
-    cache: TokenCache, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    url = str(tmp_path_factory.mktemp("loader") / "real")
+def test_all_kinds_of_grids_come_as_they_are_stored(tmp_path: Path) -> None:
+    url = str(tmp_path / "real")
     test_cache.make_cache(url)
     real = open_cache(url)
     loader = TokenLoader(real, ["dct", "mean", "levels", "native"], 8)
@@ -264,10 +263,24 @@ def test_caches_that_store_a_product_in_other_ways_do_not_mix(
         assert torch.equal(batch["levels"].int(), real.read("levels", batch["clip_id"])[..., :1])
     with pytest.raises(CacheError, match="tokens/levels: 3 levels were asked for: it has 1 to 2"):
         TokenLoader(real, "levels", 8, levels=3)
-    synthetic = TokenLoader(cache, "short", 8)
-    assert synthetic.num_clips == CLIPS
-    with pytest.raises(CacheError, match="no product tokens/dct"):
-        TokenLoader({real: 1, cache: 1}, "dct", 8)
+
+
+def test_names_of_columns_cannot_change_what_a_batch_has(cache: TokenCache) -> None:
+    columns = {"first_0": "1", "count_0": "1", "_id": "2", "a": "3", "A": "4", 'q"': "5 -- five"}
+    for batch in TokenLoader(cache, "short", 64, columns=columns):
+        assert_right(cache, batch)
+        assert [int(batch[name][0]) for name in columns] == [1, 1, 2, 3, 4, 5]
+
+
+def test_caches_that_store_a_product_otherwise_do_not_mix(cache: TokenCache, tmp_path: Path) -> None:
+    made = synthetic()
+    layout = TokenLayout(dtype="uint16", shape=(1, 4, 4), codebook_size=1 << 15)
+    product = made.MadeProduct(layout=layout, values=lambda first, count: np.zeros((count, 1, 4, 4), np.int64))
+    made.make_cache(str(tmp_path / "flat"), 10, {"short": product})
+    with pytest.raises(CacheError, match="short: caches of a mixture must store it alike"):
+        TokenLoader({cache: 1, open_cache(str(tmp_path / "flat")): 1}, "short", 8)
+    with pytest.raises(ValueError, match="weights of caches must be above 0"):
+        TokenLoader({cache: 0}, "short", 8)
 
 
 def test_a_loader_of_a_snapshot_does_not_see_what_came_later(cache: TokenCache, made: str) -> None:
@@ -280,4 +293,4 @@ def test_lists_of_clips_are_made_once(cache: TokenCache, tmp_path: Path, monkeyp
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for _ in range(3):
         TokenLoader(cache, "short", 8, where="start_s > 2")
-    assert len(list((tmp_path / "tokenmill" / "clips").iterdir())) == 1
+    assert len(list((tmp_path / "tokenmill" / "clips").glob("*.arrow"))) == 1

@@ -121,3 +121,46 @@ def test_files_that_another_tool_has_rewritten_are_read_from_the_local_cache(mad
     dataset = TokenDataset(cache, ["short", "tracks"])
     assert torch.equal(dataset[3]["short"].int(), original.read("short", [dataset[3]["clip_id"]])[0])
     assert CLIPS_PER_SHARD > 50  # the rewritten file has several groups
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+@pytest.mark.parametrize("which", [0, -1])
+@pytest.mark.parametrize("batch_size", [1, 4, 50])
+def test_clips_that_are_left_out_at_an_end_leave_ids_and_tokens_together(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, which: int, batch_size: int, *, is_mapped: bool
+) -> None:
+    cache = open_cache(str(copy))
+    original = TokenDataset(cache, ["short", "tracks"])
+    wanted = {sample["clip_id"]: sample for sample in (original[i] for i in range(len(original)))}
+    groups = cache.sql("from row_groups where name like 'tokens/short/%' order by name, row_group").to_pylist()
+    flip(copy / groups[which]["name"], groups[which]["offset"])
+    if not is_mapped:  # as where there are very many files
+        monkeypatch.setattr("tokenmill.pipeline.mapped_tokens.MappedTokens.is_steady", property(lambda self: False))
+    loader = TokenLoader(cache, ["short", "tracks"], batch_size, shuffle="none", on_damage="skip")
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    assert loader.num_skipped == groups[which]["num_rows"]
+    for batch in batches:
+        cu_seqlens = batch["tracks"].cu_seqlens
+        for i, clip_id in enumerate(batch["clip_id"]):
+            assert torch.equal(batch["short"][i], wanted[clip_id]["short"])
+            assert torch.equal(batch["tracks"].values[cu_seqlens[i] : cu_seqlens[i + 1]], wanted[clip_id]["tracks"])
+
+
+def test_counts_that_are_damaged_are_not_believed(copy: Path) -> None:
+    cache = open_cache(str(copy))
+    path = file_of(copy, "tracks")
+    data = path.read_bytes()
+    table = pq.read_table(path)
+    column = table.column_names.index("num_tokens")
+    chunk = pq.read_metadata(path).row_group(0).column(column)
+    found = 0
+    for place in range(chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size):
+        flip(path, place)
+        try:
+            TokenLoader(cache, "tracks", 64, where=f"start_s > -{place}", verify=False)
+        except CacheError as error:
+            found += "a file is damaged" in str(error) or "query failed" in str(error)
+        path.write_bytes(data)
+    assert found > 0
+    assert sum(len(ids) for ids in ids_of(TokenLoader(cache, "tracks", 64))) == CLIPS

@@ -10,6 +10,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tokenmill.pipeline.cache import TokenCache, open_cache
 from tokenmill.pipeline.loader import TokenLoader
+from tokenmill.schemas.errors import CacheError
 
 from .loader_kit import flat, ids_of, make_cache
 
@@ -73,10 +74,11 @@ def test_distributed_ranks_take_their_shares_and_stay_together(
 
 
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata calls it
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("num_workers", "num_given"), [(0, 5), (2, 5), (3, 0), (3, 1), (3, 2), (3, 4)])
 @pytest.mark.parametrize("settings", [{"shuffle": "global"}, {"token_budget": 12}], ids=str)
 def test_a_stateful_dataloader_resumes_in_the_middle_of_an_epoch(
-    cache: TokenCache, num_workers: int, settings: dict
+    cache: TokenCache, num_workers: int, num_given: int, settings: dict
 ) -> None:
     def loader() -> StatefulDataLoader:
         source = TokenLoader(cache, ["tracks", "short"], 8, seed=1, **settings)
@@ -87,7 +89,7 @@ def test_a_stateful_dataloader_resumes_in_the_middle_of_an_epoch(
     whole = ids_of(loader())
     begun = loader()
     batches = iter(begun)
-    first = [next(batches)["clip_id"] for _ in range(5)]
+    first = [next(batches)["clip_id"] for _ in range(num_given)]
     state = begun.state_dict()
     again = loader()
     again.load_state_dict(state)
@@ -120,3 +122,50 @@ def test_a_loop_may_stop_and_save_at_any_step(cache: TokenCache) -> None:
     undisturbed = TokenLoader(cache, "short", 16, seed=1)
     wanted = [ids for _ in range(3) for ids in ids_of(undisturbed)]
     assert seen == wanted[: len(seen)]
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+def test_workers_that_resumed_and_stopped_begin_the_next_epoch_apart(cache: TokenCache) -> None:
+    source = TokenLoader(cache, "short", 16, seed=1)
+    wanted = [ids_of(source) for _ in range(3)]
+    source = TokenLoader(cache, "short", 16, seed=1)
+    workers = {"batch_size": None, "num_workers": 2, "multiprocessing_context": "fork", "persistent_workers": True}
+    begun = StatefulDataLoader(source, **workers)
+    batches = iter(begun)
+    next(batches)
+    next(batches)
+    begun.load_state_dict(begun.state_dict())
+    assert next(iter(begun))["clip_id"] == wanted[0][2]
+    source.set_epoch(2)
+    assert ids_of(begun) == wanted[2]
+
+
+def test_a_loader_does_not_guess_where_its_workers_are(cache: TokenCache) -> None:
+    source = TokenLoader(cache, "short", 16)
+    list(DataLoader(source, batch_size=None, num_workers=1, multiprocessing_context="fork"))
+    with pytest.raises(
+        CacheError, match=r"read by worker processes of a DataLoader.* use torchdata's StatefulDataLoader"
+    ):
+        source.state_dict()
+    next(iter(source))
+    assert source.state_dict()["step"] == 1
+
+
+RANKS_APART = """
+import sys
+import torch
+from tokenmill.pipeline.cache import open_cache
+from tokenmill.pipeline.loader import TokenLoader
+rank, url, meeting = int(sys.argv[1]), *sys.argv[2:]
+torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+TokenLoader(open_cache(url), "short", 8, where=f"start_s > {rank}")
+"""
+
+
+@pytest.mark.slow
+def test_ranks_with_other_clips_are_refused(made: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    meeting = str(tmp_path_factory.mktemp("apart") / "meeting")
+    commands = [[sys.executable, "-c", RANKS_APART, str(rank), made, meeting] for rank in (0, 1)]
+    ranks = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for command in commands]
+    said = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert all("ranks 1 read other clips than rank 0: open the cache at one snapshot" in one for one in said)
