@@ -120,6 +120,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_loses_nothing(make_job: MakeJob, whole: Contents, disk: Path) -> None:
     job = make_job(cache=str(disk / "cache"))
     ballast = disk / "ballast"

@@ -28,7 +28,8 @@ def to_store() -> Iterator[Callable[[str], dict[str, dict]]]:
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_cache_in_an_object_store_has_the_files_of_a_local_one(
     make_job: MakeJob, whole: Contents, seaweedfs: str, s3_url: str, to_store: ToStore, *, killed: bool
 ) -> None:

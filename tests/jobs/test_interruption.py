@@ -111,9 +111,9 @@ def wait_for_event(job: "subprocess.Popen[str]", name: str) -> None:
 @pytest.mark.parametrize(
     ("executor", "number"),
     [
-        ("local", signal.SIGINT),
+        pytest.param("local", signal.SIGINT, marks=pytest.mark.slow),
         ("local", signal.SIGTERM),
-        pytest.param("ray", signal.SIGTERM, marks=pytest.mark.ray),
+        pytest.param("ray", signal.SIGTERM, marks=[pytest.mark.ray, pytest.mark.slow]),
         pytest.param("ray", signal.SIGINT, marks=[pytest.mark.ray, pytest.mark.slow]),
     ],
 )

@@ -345,6 +345,7 @@ def test_a_query_in_words_takes_the_encoder_that_made_the_frames(recipe: str) ->
 
 
 @pytest.mark.s3
+@pytest.mark.slow
 def test_a_cache_in_an_object_store_is_asked_there(tmp_path: Path, s3_server: str, s3_url: str) -> None:
     path = planted_recipe(tmp_path, {"tokens": {"fake": {"tokenizer": "fake"}}}, _first_video)
     make(path)

@@ -42,7 +42,7 @@ def uploaded(made: str, url: str) -> str:
     return url
 
 
-@pytest.fixture(params=["memory", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.fixture(params=["memory", pytest.param("s3", marks=[pytest.mark.s3, pytest.mark.slow])])
 def remote(request: pytest.FixtureRequest, made: str) -> str:
     if request.param == "s3":
         request.getfixturevalue("s3_server")
@@ -169,7 +169,10 @@ def test_forked_workers_read_a_store(made: str, s3_server: str, s3_url: str, tmp
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("harm", ["status", "refuse", "cut_download", "lose_answer"])
+@pytest.mark.parametrize(
+    "harm",
+    ["cut_download", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("status", "refuse", "lose_answer"))],
+)
 def test_a_store_that_fails_gives_right_clips_or_a_clear_error(
     made: str, fault_proxy: FaultProxy, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ) -> None:

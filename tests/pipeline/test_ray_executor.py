@@ -187,6 +187,7 @@ def test_a_last_shard_that_hangs_is_made_by_a_twin(
     assert not [report for report in reports if isinstance(report, WorkerLost)]
 
 
+@pytest.mark.slow
 def test_what_workers_wait_for_is_a_metric(recipe: Callable[..., Recipe]) -> None:
     import ray
 

@@ -84,7 +84,12 @@ def small() -> SegmentVit:
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("full_T1_224", "published"), ("full_T4_224", "published"), ("small_T3_112_lv2", "small")]
+    ("name", "model"),
+    [
+        pytest.param("full_T1_224", "published", marks=pytest.mark.slow),
+        ("full_T4_224", "published"),
+        ("small_T3_112_lv2", "small"),
+    ],
 )
 def test_slots_tokens_and_clips_are_the_golden_ones(name: str, model: str, request: pytest.FixtureRequest) -> None:
     wanted, whole = golden(name), request.getfixturevalue(model)

@@ -88,7 +88,9 @@ def test_the_state_dict_is_the_official_one(name: str) -> None:
     assert [[key, list(value.shape)] for key, value in model.state_dict().items()] == wanted
 
 
-@pytest.mark.parametrize("name", GOLDEN_NAMES)
+@pytest.mark.parametrize(
+    "name", [GOLDEN_NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in GOLDEN_NAMES[1:])]
+)
 def test_latents_codes_and_frames_are_the_golden_ones(name: str) -> None:
     model = filled(build(name))
     assert isinstance(model, VidTok)
