@@ -1,6 +1,7 @@
 """tokenmill verify --repair: what is damaged or absent is made again from its sources, by the cache's own recipe.
 
-A manifest is deleted, and then its damaged files, once the sources of its clips are known to be there unchanged. From
+A manifest is deleted, and then its damaged files, once the sources of its clips are known to be there unchanged: files
+that are absent, or by a listing or reading not what was committed. Where one cannot be read, nothing is deleted. From
 then on the shard lacks the product as if it had never been made, so whatever ends this job, the next repair or run of
 the recipe goes on with it.
 """
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from ..pipeline.fetch import local_file
+from ..pipeline.index import remove_indexes
 from ..pipeline.manifests import committed_names, read_named
 from ..pipeline.places import stored_file
 from ..pipeline.plan_file import Plan, plans_of, read_stamps
@@ -19,7 +21,7 @@ from ..pipeline.worker import Worker
 from ..schemas.cache_info import CacheInfo
 from ..schemas.clip import Video
 from ..schemas.digest import digest_of_stream
-from ..schemas.errors import CacheError, TokenmillError
+from ..schemas.errors import CacheError, StorageError, TokenmillError
 from ..schemas.recipe import Recipe
 from ..schemas.shard import ShardManifest, manifest_name
 from .build import build_driver_worker, check_executor, settled
@@ -61,8 +63,8 @@ def repair_cache(cache: str, overrides: Sequence[str], display: Display, *, deep
     with `overrides`.
 
     Damage is what a listing shows, or with `deep` what reading every file shows. What has no source any more, or one
-    that changed, is left as it is. Returns how many clips were committed before and failed this time. CacheError,
-    before anything is deleted, where what would be made is another version.
+    that changed, is left as it is. Returns how many clips were committed before and failed this time. Before anything
+    is deleted: CacheError where what would be made is another version, StorageError where a file cannot be read.
     """
     recipe, info = recipe_of_cache(cache, list(overrides))
     folder = Folder(cache)
@@ -79,6 +81,8 @@ def repair_cache(cache: str, overrides: Sequence[str], display: Display, *, deep
     check_executor(recipe)
     recipe = settled(recipe)
     worker = _worker_for(products, recipe, info)
+    if broken:
+        remove_indexes(folder)  # they may say of damaged files where tokens lie; the run makes a new one
     for one in broken:
         folder.remove(one.name)
         for name in one.files:
@@ -89,7 +93,9 @@ def repair_cache(cache: str, overrides: Sequence[str], display: Display, *, deep
 
 
 def _broken(folder: Folder, plans: Sequence[Plan], info: CacheInfo, *, deep: bool) -> list[Broken]:
-    """The manifests of current versions that cannot be read or name damaged files, by name."""
+    """The manifests of current versions that are damaged or name damaged files, by name; StorageError where a file
+    cannot be read.
+    """
     places = {
         manifest_name(shard_id, product, version): Place(plan=plan, index=index, product=product)
         for plan in plans
@@ -106,7 +112,9 @@ def _broken(folder: Folder, plans: Sequence[Plan], info: CacheInfo, *, deep: boo
     }
     found = (damaged_files if deep else missing_files)(folder, [one for one, _ in named.values()])
     damaged: dict[str, list[str]] = {name: [] for name, manifest in manifests.items() if manifest is None}
-    for one, _ in found:
+    for one, what in found:
+        if isinstance(what, StorageError):
+            raise StorageError(f"{what}; nothing was deleted: repair when it can be read") from what
         damaged.setdefault(named[one.file.name][1], []).append(one.file.name)
     return [
         Broken(name=name, place=places[name], manifest=manifests[name], files=tuple(files))

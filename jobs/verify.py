@@ -11,6 +11,7 @@ from ..pipeline.account import accounts_of
 from ..pipeline.cache import TokenCache, open_cache
 from ..pipeline.manifests import read_all
 from ..pipeline.relevance_views import RELEVANCE
+from ..pipeline.retries import answer_of
 from ..pipeline.snapshots import CacheState, live_state, pinned_manifests, read_snapshot, snapshot_numbers
 from ..pipeline.storage import Folder
 from ..schemas.cache_info import CacheInfo
@@ -66,7 +67,10 @@ def verify_cache(
     problems: list[str] = []
     files = list(named_files(opened.folder, state, problems))
     bad = damaged_files(opened.folder, files) if deep else missing_files(opened.folder, files)
-    problems += [f"{named.file.name}: {found}; {named.remedy}" for named, found in bad]
+    problems += [
+        f"{named.file.name}: {found}" + ("" if isinstance(found, StorageError) else f"; {named.remedy}")
+        for named, found in bad
+    ]
     how = "read against their SHA-256 and row counts" if deep else "looked up by name and size"
     print(f"files: {len(files)} {how}, {len(problems)} problems")
     problems += relevance_problems(opened.folder, deep=deep)
@@ -155,15 +159,17 @@ def missing_files(folder: Folder, files: Iterable[NamedFile]) -> Iterator[tuple[
             yield named, f"{size_bytes} bytes, committed {file.size_bytes}"
 
 
-def damaged_files(folder: Folder, files: Iterable[NamedFile]) -> Iterator[tuple[NamedFile, str]]:
-    """Every file that is absent or not what was committed, and what was found, having read them all."""
+def damaged_files(folder: Folder, files: Iterable[NamedFile]) -> Iterator[tuple[NamedFile, str | StorageError]]:
+    """Every file that is absent or not what was committed, and what was found, having read them all; a StorageError
+    where a file could not be read, so that nobody knows what is in it.
+    """
     with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="verify") as pool:
         for named, problem in pool.map(lambda named: (named, _check_file(folder, named.file)), files):
             if problem:
                 yield named, problem
 
 
-def _check_file(folder: Folder, file: FileEntry) -> str | None:
+def _check_file(folder: Folder, file: FileEntry) -> str | StorageError | None:
     try:
         with folder.open(file.name) as stream:
             sha256, size_bytes = digest_of_stream(stream)
@@ -174,9 +180,17 @@ def _check_file(folder: Folder, file: FileEntry) -> str | None:
                 return None
             stream.seek(0)
             num_rows = pq.read_metadata(stream).num_rows
-    except (StorageError, pa.ArrowException) as error:
-        return str(error)
+    except StorageError as error:
+        return str(error) if _is_absent(error) else error
+    except pa.ArrowException as error:  # of the bytes that were committed
+        return StorageError(f"{folder.uri(file.name)}: {' '.join(str(error).split())}: run this again")
     return None if num_rows == file.num_rows else f"{num_rows} rows, committed {file.num_rows}"
+
+
+def _is_absent(error: StorageError) -> bool:
+    """Whether a store said that it has no such file; one that has no such bucket says nothing of files."""
+    cause = error.__cause__
+    return isinstance(cause, FileNotFoundError) and answer_of(cause)[1] != "NoSuchBucket"
 
 
 def relevance_problems(folder: Folder, *, deep: bool) -> Iterator[str]:

@@ -24,14 +24,14 @@ create temp macro code_statistics(name) as table
 """
 
 # Lists that are unnested beside each other give rows of codes that follow each other; grouping by four columns is a
-# tenth of the work of grouping by lists.
+# tenth of the work of grouping by lists. An end below 0 would count from the end of the list.
 NGRAM_MACRO = """
 create temp macro code_ngrams(name, n) as table
     select level, [a, b, c, d][:n] as ngram, count(*) as uses
-    from (select level, unnest(codes[:len(codes) - n + 1]) as a, unnest(codes[2:len(codes) - n + 2]) as b,
-                 unnest(case when n > 2 then codes[3:len(codes) - n + 3] end) as c,
+    from (select level, unnest(codes[:num]) as a, unnest(codes[2:num + 1]) as b,
+                 unnest(case when n > 2 then codes[3:num + 2] end) as c,
                  unnest(case when n > 3 then codes[4:] end) as d
-          from query_table('levels_' || name)
+          from (select level, codes, greatest(0, len(codes) - n + 1) as num from query_table('levels_' || name))
           where if(n in (2, 3, 4), true, error('code_ngrams(name, n): n is 2, 3 or 4, found ' || n)))
     group by level, a, b, c, d order by uses desc, level, ngram;
 """

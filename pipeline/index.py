@@ -4,6 +4,7 @@ Every snapshot has one of its own beside that of what is committed now.
 """
 
 import contextlib
+import glob
 import os
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from ..schemas.errors import CacheError
 from ..schemas.snapshot import Snapshot
 from .index_source import IndexSource
 from .index_update import INDEX, INDEX_REVISION, attach, connect, make_index
-from .storage import Folder
+from .storage import Folder, storage_errors
 
 PUBLISHED_OVER = 5  # times that other builders may put an index of an earlier state in place of one just made
 
@@ -69,6 +70,14 @@ def build_index(folder: Folder, snapshot: Snapshot | None = None) -> str:
     path = index_path(folder, snapshot)
     make_index(path, IndexSource(folder, snapshot, INDEX_REVISION))
     return path
+
+
+def remove_indexes(folder: Folder) -> None:
+    """Remove the indexes of what is committed now and of all snapshots; readers keep those that they have open."""
+    live, _ = os.path.splitext(index_path(folder))
+    for path in (f"{live}.duckdb", *glob.glob(f"{glob.escape(live)}-*.duckdb")):
+        with storage_errors(path), contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def file_uris(connection: duckdb.DuckDBPyConnection, folder: Folder, product: str) -> list[str]:

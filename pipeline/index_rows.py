@@ -13,7 +13,14 @@ from .plan_file import Plan
 # Of the tables that users do not see: `file` is the number of a file in this index.
 FILE_NUMBER = pa.field("file", pa.uint32())
 MANIFEST_SCHEMA = pa.schema(
-    [pa.field("name", pa.string()), pa.field("size_bytes", pa.int64()), pa.field("product", pa.string())]
+    [
+        pa.field("name", pa.string()),
+        pa.field("product", pa.string()),
+        # As its store lists it; null in the index of a snapshot, whose manifests are copies.
+        pa.field("size_bytes", pa.int64()),
+        pa.field("modified_s", pa.float64()),
+        pa.field("content", pa.string()),  # a digest
+    ]
 )
 INDEXED_PLAN_SCHEMA = pa.schema(
     [pa.field("name", pa.string()), pa.field("clips", pa.string()), pa.field("videos", pa.string())]

@@ -1,5 +1,7 @@
 """What an index is derived from: what is committed now, or what a snapshot pinned."""
 
+import hashlib
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -16,6 +18,8 @@ from .storage import Folder
 
 MANIFESTS_AT_ONCE = 10_000  # that are held in memory: each names the videos of its clips
 
+Stamp = tuple[int | float | str | None, ...]  # what tells a manifest from one made again under its name
+
 
 class IndexSource:
     """Plans, products and manifests, listed when this is made and read when they are asked for.
@@ -28,11 +32,15 @@ class IndexSource:
         if snapshot:
             self.digest = digest_of([revision, snapshot.to_json().decode()])
             return
-        # Manifests before plans: what is found committed was planned before. A manifest never changes, but one that
-        # was deleted may be made again: with other failures its size is another.
-        self._sizes = {file.name: file.size_bytes for file in folder.find(MANIFESTS) if is_manifest(file.name)}
+        began_s = time.time()
+        # Manifests before plans: what is found committed was planned before.
+        found = [file for file in folder.find(MANIFESTS) if is_manifest(file.name)]
+        # A store that does not tell when a file was modified says now, which would be another time at every listing.
+        self._listed: dict[str, Stamp] = {
+            file.name: (file.size_bytes, file.modified_s if file.modified_s < began_s else None) for file in found
+        }
         self._plan_names: Sequence[str] = plan_names(folder)
-        listed = [[*folder.list(PRODUCTS), *self._plan_names], list(self._sizes.items())]
+        listed = [[*folder.list(PRODUCTS), *self._plan_names], list(self._listed.items())]
         self.digest = digest_of([revision, *listed, folder.read(CACHE_INFO).decode()])
 
     @cached_property
@@ -45,15 +53,23 @@ class IndexSource:
         """The plans in the order of their numbers."""
         return read_plans(self.folder, self._snapshot.plans if self._snapshot else self._plan_names)
 
+    @property
+    def stamp_columns(self) -> Sequence[str]:
+        """What the columns of MANIFEST_SCHEMA are called that hold a manifest's stamp."""
+        return ("content",) if self._snapshot else ("size_bytes", "modified_s")
+
     @cached_property
-    def sizes(self) -> Mapping[str, int]:
-        """The bytes of every manifest by name; those of former versions are among them."""
-        return {name: len(one.to_json()) for name, one in self._pinned.items()} if self._snapshot else self._sizes
+    def stamps(self) -> Mapping[str, Stamp]:
+        """The stamp of every manifest by name; those of former versions are among them.
+
+        A manifest never changes, but one that was deleted may be made again under its name: its stamp is another then.
+        """
+        return {name: (content_of(one),) for name, one in self._pinned.items()} if self._snapshot else self._listed
 
     def wanted(self, planned: Collection[str]) -> list[str]:
         """The names of the manifests of `planned` shards in current versions of products."""
         versions = {product: version[:SHORT_DIGEST] for product, version in self.info.fingerprints.items()}
-        return [name for name in self.sizes if _is_wanted(name, versions, planned)]
+        return [name for name in self.stamps if _is_wanted(name, versions, planned)]
 
     def read(self, names: Sequence[str]) -> Iterator[list[ShardManifest]]:
         """The manifests called `names`, in their order, some at a time; without the videos of their clips."""
@@ -66,6 +82,11 @@ class IndexSource:
     def _pinned(self) -> dict[str, ShardManifest]:
         assert self._snapshot
         return {one.name: one for one in pinned_manifests(self.folder, self._snapshot)}
+
+
+def content_of(manifest: ShardManifest) -> str:
+    """The SHA-256 of what a manifest says, but for the videos of its clips."""
+    return hashlib.sha256(replace(manifest, clips_per_video={}).to_json()).hexdigest()
 
 
 def _is_wanted(name: str, versions: Mapping[str, str], planned: Collection[str]) -> bool:

@@ -38,7 +38,7 @@ from .index_rows import (
     product_row,
     shard_row,
 )
-from .index_source import IndexSource
+from .index_source import IndexSource, content_of
 from .manifests import READ_THREADS
 from .plan_file import Plan
 from .row_groups import read_row_groups
@@ -113,8 +113,7 @@ def add_manifests(connection: duckdb.DuckDBPyConnection, source: IndexSource, na
     """Add what the manifests called `names` say, and what lies in their files."""
     first = _next_file(connection)
     for manifests in source.read(names):
-        sizes = [{"name": m.name, "size_bytes": source.sizes[m.name], "product": m.product} for m in manifests]
-        add(connection, "indexed_manifests", sizes)
+        add(connection, "indexed_manifests", [_indexed_manifest(source, manifest) for manifest in manifests])
         files = [row for manifest in manifests for row in file_rows(manifest)]
         numbers = range(_next_file(connection), _next_file(connection) + len(files))
         add(connection, "numbered_files", [row | {"file": i} for row, i in zip(files, numbers, strict=True)])
@@ -123,6 +122,12 @@ def add_manifests(connection: duckdb.DuckDBPyConnection, source: IndexSource, na
         _add_row_groups(connection, source.folder, [row["name"] for row in files if holds_values(row["product"])])
     for (product,) in connection.execute("select distinct product from numbered_files order by 1").fetchall():
         _add_part(connection, source.folder, product, first)
+
+
+def _indexed_manifest(source: IndexSource, manifest: ShardManifest) -> dict:
+    """A manifest that an index holds (MANIFEST_SCHEMA)."""
+    stamp = dict(zip(source.stamp_columns, source.stamps[manifest.name], strict=True))
+    return {"name": manifest.name, "product": manifest.product, "content": content_of(manifest), **stamp}
 
 
 def _next_file(connection: duckdb.DuckDBPyConnection) -> int:

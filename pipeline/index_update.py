@@ -20,7 +20,7 @@ import duckdb
 from ..schemas.errors import StorageError
 from ..schemas.shard import CLIPS
 from .index_clips import STORED_CLIPS
-from .index_source import IndexSource
+from .index_source import IndexSource, Stamp
 from .index_tables import (
     PLACES,
     TABLES,
@@ -42,7 +42,7 @@ from .storage import Folder, storage_errors
 log = logging.getLogger(__name__)
 
 INDEX = "index"
-INDEX_REVISION = 6  # rises with every change of the tables: an index of another one is built anew
+INDEX_REVISION = 7  # rises with every change of the tables: an index of another one is built anew
 ROW_GROUP = 122_880  # rows that DuckDB reads to find one, at most, in a run by clip id
 MOST_READ = 9 * ROW_GROUP  # to find one in all runs: then they are sorted into one
 LEFT_AFTER_S = 24 * 3600.0  # a builder that has not written for so long was killed
@@ -50,14 +50,14 @@ LEFT_AFTER_S = 24 * 3600.0  # a builder that has not written for so long was kil
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """What an index is made from: its plans, bytes of manifests by name, and fingerprints of products."""
+    """What an index is made from: its plans, stamps of manifests by name, and fingerprints of products."""
 
     plans: Sequence[dict[str, Any]]
-    sizes: dict[str, int]
+    stamps: dict[str, Stamp]
     fingerprints: dict[str, str]
 
 
-NOTHING = Held(plans=(), sizes={}, fingerprints={})
+NOTHING = Held(plans=(), stamps={}, fingerprints={})
 
 
 def connect(folder: Folder, database: str = ":memory:") -> duckdb.DuckDBPyConnection:
@@ -148,16 +148,17 @@ def _part_held(connection: duckdb.DuckDBPyConnection, source: IndexSource) -> He
         return None
     if ("revision", str(INDEX_REVISION)) not in connection.execute("select key, value from meta").fetchall():
         return None
+    stamps = f"select name, {', '.join(source.stamp_columns)} from indexed_manifests"
     held = Held(
         plans=connection.sql("from indexed_plans").to_arrow_table().to_pylist(),
-        sizes=dict(connection.execute("select name, size_bytes from indexed_manifests").fetchall()),
+        stamps={name: tuple(stamp) for name, *stamp in connection.execute(stamps).fetchall()},
         fingerprints=dict(connection.execute("select product, fingerprint from products").fetchall()),
     )
     plans = [indexed_plan(plan) for plan in source.plans]
     is_part = (
         held.fingerprints.get(CLIPS) == source.info.fingerprints.get(CLIPS)
         and all(plan in plans for plan in held.plans)
-        and all(source.sizes.get(name) == size for name, size in held.sizes.items())
+        and all(source.stamps.get(name) == stamp for name, stamp in held.stamps.items())
     )
     return held if is_part else None
 
@@ -172,7 +173,7 @@ def _fill(connection: duckdb.DuckDBPyConnection, source: IndexSource, held: Held
     if new or held is NOTHING:
         add_plans(connection, source.folder, source.plans, new)
     planned = {shard_id for (shard_id,) in connection.execute("select shard_id from plan_shards").fetchall()}
-    add_manifests(connection, source, [name for name in source.wanted(planned) if name not in held.sizes])
+    add_manifests(connection, source, [name for name in source.wanted(planned) if name not in held.stamps])
     create_locations(connection)
     replace_products(connection, source.info)
     replace_failures(connection, source.plans, source.info)

@@ -5,8 +5,9 @@
     lock-<three digits>                 locked by whoever fetches a key of that hash: others wait for the bytes
     total                               how many bytes lie here; locked by whoever makes, renames or removes a file
 
-Locks are flocks, which end with their process however it ends. The total may be too high, where a process was killed or
-files were deleted, never too low: once it reaches the limit, and after a restart of the machine, it is counted anew.
+A part is forced to the disk before it gets its name, nothing else is. Locks are flocks, which end with their process
+however it ends. The total may be too high, where a process was killed or files were deleted, never too low: once it
+reaches the limit, and after a restart of the machine, it is counted anew.
 """
 
 import contextlib
@@ -110,6 +111,7 @@ class LocalCache:
             left = memoryview(data)
             while left:
                 left = left[os.write(writing, left) :]
+            os.fsync(writing)  # else a part could be zeros after a power failure
             reading = os.open(aside, os.O_RDONLY)  # before it can be evicted
             with self._locked(TOTAL):
                 os.replace(aside, path)
@@ -177,7 +179,7 @@ class LocalCache:
 
     def _read_total(self, total: int) -> int:
         stored, booted_s = os.pread(total, TOTAL_BYTES, 0), time.time() - time.monotonic()
-        # One from before the machine started may be older than the files: nothing is forced to the disk.
+        # One from before the machine started may be older than the files: only parts are forced to the disk.
         if len(stored) == TOTAL_BYTES and os.fstat(total).st_mtime > booted_s:
             return int.from_bytes(stored, "little")
         return sum(file.size for file in self._files()) + TOTAL_BYTES

@@ -1,5 +1,6 @@
 """Saved queries over a cache: what is often asked, by name. docs/queries.md shows each, filled."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from string import Template
@@ -74,11 +75,19 @@ def listing() -> str:
 
 def _literal(what: str, value: Value | None, default: Value) -> str:
     """A value of the default's type as SQL has it; texts stand between single quotes."""
+    if value is None:
+        value = default
+    if isinstance(default, str):
+        return str(value).replace("'", "''")
     try:
-        return str(type(default)(default if value is None else value)).replace("'", "''")
-    except ValueError:
-        wanted = "a whole number" if isinstance(default, int) else "a number"
-        raise RecipeError(f"{what} is {wanted}, found {value!r}") from None
+        number = type(default)(value)
+        is_exact = isinstance(value, str) or (number == value and not isinstance(value, bool))
+        if is_exact and math.isfinite(number):
+            return str(number)
+    except (ValueError, OverflowError):
+        pass
+    wanted = "a whole number" if isinstance(default, int) else "a number"
+    raise RecipeError(f"{what} is {wanted}, found {value!r}")
 
 
 def _product(cache: "TokenCache", key: str, value: Value | None) -> str:

@@ -17,6 +17,8 @@ from ..schemas.errors import CacheError
 from ..schemas.shard import EMBEDDINGS, MASKS
 from .cache import TokenCache
 from .decoding import layout_of, plain_values
+from .index_tables import quoted
+from .loader import check_columns
 from .mask_file import MaskFile
 from .open_files import OpenFiles
 from .storage import Folder
@@ -136,17 +138,18 @@ def _places(
     cache: TokenCache, products: Sequence[_Product], where: str, columns: Sequence[str] | Mapping[str, str]
 ) -> pa.Table:
     """Clips with the columns asked for, and where each product has them, in the order of the first one's files."""
-    asked = dict(columns) if isinstance(columns, Mapping) else {name: name for name in columns}
+    asked = check_columns(columns, [one.asked for one in products])
     selected = {"clip_id": "clip_id", "num_valid": "num_valid::bigint", **asked}
-    if clashing := selected.keys() & {one.asked for one in products}:
-        raise CacheError(f"a column and a product are both called {min(clashing)}: give the column another name")
-    small = ", ".join(f'({expression}) as "{name}"' for name, expression in selected.items())
+    # A line for each, which may end in a comment; numbered, for names that differ in case alone are one to SQL.
+    numbered = {name: f"_column_{i}" for i, name in enumerate(selected)}
+    small = ", ".join(f"({expression}\n) as {numbered[name]}" for name, expression in selected.items())
     joins = "\n".join(
         f"join (select clip_id as id_{i}, name as {one.columns[0]}, row_in_file as {one.columns[1]} from locations"
-        f" where product = ?) on id_{i} = clip_id::uuid"
+        f" where product = ?) on id_{i} = {numbered['clip_id']}::uuid"
         for i, one in enumerate(products)
     )
-    wanted = ", ".join([*(f'"{name}"' for name in selected), *(column for one in products for column in one.columns)])
+    named = [f"{column} as {quoted(name)}" for name, column in numbered.items()]
+    wanted = ", ".join([*named, *(column for one in products for column in one.columns)])
     file, row = products[0].columns
     chosen = f"(select {small} from {CLIPS_WITH_VIDEOS} where ({where}\n))"
     places = cache.sql(

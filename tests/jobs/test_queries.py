@@ -158,7 +158,12 @@ def test_a_cache_with_several_products_wants_one_to_be_chosen(several: TokenCach
         ("usage", {"limt": 3}, r"usage: no parameter 'limt' \(did you mean 'limit'\?\); accepted: product, limit$"),
         ("hosts", {"limit": 3}, "hosts: no parameter 'limit'; accepted: none$"),
         ("usage", {"limit": "many"}, "usage: limit is a whole number, found 'many'"),
+        ("usage", {"limit": 2.9}, r"usage: limit is a whole number, found 2\.9"),
+        ("usage", {"limit": True}, "usage: limit is a whole number, found True"),
+        ("usage", {"limit": float("inf")}, "usage: limit is a whole number, found inf"),
         ("static", {"min_share": "most"}, "static: min_share is a number, found 'most'"),
+        ("static", {"min_share": "nan"}, "static: min_share is a number, found 'nan'"),
+        ("static", {"min_share": True}, "static: min_share is a number, found True"),
     ],
 )
 def test_what_is_not_saved_is_refused(cache: TokenCache, name: str, parameters: dict, message: str) -> None:

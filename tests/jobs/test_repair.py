@@ -1,16 +1,24 @@
 """verify --repair: what is damaged comes back as it was, and nothing is deleted that cannot be made again."""
 
+import contextlib
+import errno
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import duckdb
 import pytest
 import yaml
 
 from tokenmill.jobs import repair
 from tokenmill.jobs.main import main
+from tokenmill.pipeline.index import ensure_index, open_index
+from tokenmill.pipeline.snapshots import read_snapshot
+from tokenmill.pipeline.storage import Folder, storage_errors
 from tokenmill.tokenizers.base import FakeTokenizer
 
 from .conftest import Command, Run
@@ -101,6 +109,50 @@ def test_damaged_files_of_every_product_come_back_as_they_were(tokenmill: Comman
     assert f"repair manifests={num_manifests} files=5" in done.err
     assert f"repaired files=5 manifests={num_manifests} clips_failed=0" in done.err
     assert bytes_in(cache) == before
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.ETIMEDOUT, errno.EIO])
+def test_files_that_cannot_be_read_end_the_repair_before_anything_is_deleted(
+    tokenmill: Command, cache: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    file_of(cache, "tokens/other").unlink()
+    unread, plain = file_of(cache, "tokens/fake"), Folder.open
+    before = bytes_in(cache)
+
+    @contextlib.contextmanager
+    def failing(folder: Folder, name: str) -> Iterator[BinaryIO]:
+        with storage_errors(folder.uri(name)):
+            if name.endswith(unread.name):
+                raise OSError(number, os.strerror(number))
+        with plain(folder, name) as stream:
+            yield stream
+
+    monkeypatch.setattr(Folder, "open", failing)
+    done = tokenmill("verify", "cache", "--deep", "--repair")
+    assert (done.code, bytes_in(cache) == before) == (1, True)
+    assert f"{unread}: " in done.err
+    assert "nothing was deleted: repair when it can be read" in " ".join(done.err.split())
+    problems = problems_in(tokenmill("verify", "cache", "--deep"))
+    (problem,) = [problem for problem in problems if unread.name in problem]
+    assert "--repair" not in problem
+    monkeypatch.undo()
+    monkeypatch.chdir(cache.parent)
+    assert tokenmill("verify", "cache", "--deep", "--repair").code == 0
+
+
+def test_indexes_that_were_made_of_damaged_files_are_not_kept(tokenmill: Command, cache: Path) -> None:
+    folder, checksums = Folder(str(cache)), "select name, row_group, crc32 from row_groups order by all"
+    with open_index(folder) as connection:
+        wanted = connection.execute(checksums).fetchall()
+    both = (None, read_snapshot(folder, 1))
+    for path in [ensure_index(folder, one) for one in both]:
+        with duckdb.connect(path) as connection:
+            connection.execute("update row_groups set crc32 = 0")
+    spoil(file_of(cache, "tokens/fake"))
+    assert tokenmill("verify", "cache", "--deep", "--repair").code == 0
+    for one in both:
+        with open_index(folder, one) as connection:
+            assert connection.execute(checksums).fetchall() == wanted
 
 
 def test_without_deep_what_a_listing_shows_is_mended(tokenmill: Command, cache: Path) -> None:

@@ -84,6 +84,13 @@ def test_clips_shorter_than_an_ngram_have_none() -> None:
     assert made.sql("from code_ngrams('made', 2)").fetchall() == [(1, [0, 0], 3)]
 
 
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("num_codes", [0, 1])
+def test_levels_of_one_code_or_none_have_no_ngrams(num_codes: int, n: int) -> None:
+    made = connected(np.zeros((3, num_codes)), (1, 1, num_codes))
+    assert made.sql(f"from code_ngrams('made', {n})").fetchall() == []
+
+
 @pytest.mark.parametrize("product", ["fake", "dct", "levels", "native"])
 def test_the_static_share_is_that_of_numpy_over_all_levels(cache: TokenCache, product: str) -> None:
     ids, levels = levels_of(cache, product)

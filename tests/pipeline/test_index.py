@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +21,7 @@ import pytest
 
 from tokenmill.pipeline.cache import open_cache
 from tokenmill.pipeline.cache_head import read_info, register_products
-from tokenmill.pipeline.index import build_index, ensure_index, index_path, open_index
+from tokenmill.pipeline.index import build_index, ensure_index, index_path, open_index, remove_indexes
 from tokenmill.pipeline.index_clips import CLIPS_VIEW, STORED_CLIPS, STORED_OF_FILES
 from tokenmill.pipeline.index_source import IndexSource
 from tokenmill.pipeline.index_update import INDEX_REVISION, make_index
@@ -208,6 +209,58 @@ def test_a_manifest_made_again_makes_the_index_anew(cache: Path, read_names: lis
     assert len(read_names) == len(list((cache / "manifests").rglob("*.json")))
     assert (len(grown["failures"]), len(changed["failures"])) == (1, 1)
     assert changed == rows_from_nothing(cache)
+
+
+def made_again(path: Path) -> None:
+    """The manifest at `path`, deleted and made again: of as many bytes, by another host, a second later."""
+    manifest = ShardManifest.from_json(path.read_bytes(), str(path))
+    modified_ns, size_bytes = path.stat().st_mtime_ns, path.stat().st_size
+    path.unlink()
+    path.write_bytes(replace(manifest, host="x" * len(manifest.host)).to_json())
+    os.utime(path, ns=(modified_ns, modified_ns + 10**9))
+    assert path.stat().st_size == size_bytes
+
+
+def hosts_in(connection: duckdb.DuckDBPyConnection) -> int:
+    with connection:
+        return connection.execute("select count(distinct host) from shards").fetchall()[0][0]
+
+
+def test_a_manifest_made_again_of_the_same_size_makes_the_index_anew(cache: Path, read_names: list[str]) -> None:
+    folder, path = Folder(str(cache)), manifests_of(cache, "tokens/dct")[0]
+    assert hosts_in(open_index(folder)) == 1
+    made_again(path)
+    read_names.clear()
+    assert hosts_in(open_index(folder)) == 2
+    assert len(read_names) == len(list((cache / "manifests").rglob("*.json")))
+
+
+def test_a_snapshots_index_does_not_begin_as_one_of_a_manifest_made_again(cache: Path) -> None:
+    folder = Folder(str(cache))
+    snapshot, _ = take_snapshot(folder)
+    made_again(manifests_of(cache, "tokens/dct")[0])
+    assert hosts_in(open_index(folder)) == 2
+    assert hosts_in(open_index(folder, snapshot)) == 1
+
+
+def test_an_index_stays_where_the_store_does_not_tell_when_files_were_modified(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, find = Folder(str(cache)), Folder.find
+    monkeypatch.setattr(Folder, "find", lambda *asked: [replace(file, modified_s=time.time()) for file in find(*asked)])
+    states = {IndexSource(folder, None, INDEX_REVISION).digest for _ in range(2)}
+    assert len(states) == 1
+
+
+def test_all_indexes_of_a_cache_are_removed_and_no_other_file(cache: Path) -> None:
+    folder = Folder(str(cache))
+    snapshot, _ = take_snapshot(folder)
+    paths = [Path(ensure_index(folder)), Path(ensure_index(folder, snapshot))]
+    (cache / "index.txt").touch()
+    remove_indexes(folder)
+    remove_indexes(folder)
+    assert not any(path.exists() for path in paths)
+    assert (cache / "index.txt").exists()
 
 
 def test_failures_that_a_retry_mends_go_from_a_grown_index(cache: Path) -> None:

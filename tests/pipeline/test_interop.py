@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-import tokenmill
 from tokenmill.jobs.export import export_webdataset
 from tokenmill.pipeline.cache import TokenCache, open_cache
 from tokenmill.pipeline.decoding import TokenDecoder, decoder_of, token_files
@@ -159,7 +158,7 @@ def documented() -> dict[str, str]:
 
 def assert_is_so(code: str, cache: TokenCache, folder: Path) -> None:
     """Run code of the document on a cache; it names clips, and their codes."""
-    found: dict[str, Any] = {"numpy": np, "tokenmill": tokenmill}
+    found: dict[str, Any] = {}
     exec(code.replace("out/cache", cache.folder.url).replace("tars/", f"{folder}/tars/"), found)
     assert len(found["clip_ids"]) >= 3
     np.testing.assert_array_equal(found["codes"], cache.read("dct", found["clip_ids"]))

@@ -12,7 +12,7 @@ import torch
 
 from tokenmill.pipeline.cache import TokenCache, open_cache
 from tokenmill.pipeline.decoding import layout_of
-from tokenmill.pipeline.ray_data import _blocks, _Product, _Reader, to_ray
+from tokenmill.pipeline.ray_data import _blocks, _places, _Product, _product, _Reader, to_ray
 from tokenmill.pipeline.token_file import TokenLayout
 from tokenmill.schemas.errors import CacheError
 
@@ -151,5 +151,21 @@ def test_what_no_clip_has_is_refused(cache: TokenCache) -> None:
         to_ray(cache, ["dct", "fake"], where="num_valid > 99")
     with pytest.raises(CacheError, match=r"one product or more is needed, each once; found \[\]"):
         to_ray(cache, [])
-    with pytest.raises(CacheError, match="a column and a product are both called dct: give the column another name"):
-        to_ray(cache, "dct", columns={"dct": "start_s"})
+
+
+@pytest.mark.parametrize("name", ["clip_id", "num_valid", "dct"])
+def test_names_of_columns_that_are_taken_are_refused(cache: TokenCache, name: str) -> None:
+    with pytest.raises(CacheError, match=f"columns: {name} would be twice in a batch: give them other names"):
+        to_ray(cache, "dct", columns={name: "start_s"})
+
+
+def test_columns_have_any_name_and_expressions_end_in_comments(cache: TokenCache) -> None:
+    columns = {'a "b"': "num_valid -- of a clip", "CLIP_ID": "caption", "id_0": "start_s"}
+    places = _places(cache, [_product(cache, "dct", 0)], "true -- all", columns)
+    assert places.column_names == ["clip_id", "num_valid", *columns, "__file_0", "__row_0"]
+    clips = {clip["clip_id"]: clip for clip in cache.clips().to_pylist()}
+    assert sorted(places["clip_id"].to_pylist()) == sorted(clips)
+    for row in places.to_pylist():
+        clip = clips[row["clip_id"]]
+        found = [row["num_valid"], *(row[name] for name in columns)]
+        assert found == [clip["num_valid"], clip["num_valid"], clip["caption"], clip["start_s"]]
