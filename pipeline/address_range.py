@@ -44,9 +44,9 @@ class AddressRange:
         self._base = _mapped(None, self.size, _NONE, _UNBACKED, -1)
         # Not at the end of the process: threads may still be reading.
         weakref.finalize(self, _libc.munmap, self._base, self.size).atexit = False
-        buffer = (ctypes.c_uint8 * self.size).from_address(self._base)
-        self.bytes = np.frombuffer(buffer, np.uint8)
-        self._tensor = torch.frombuffer(buffer, dtype=torch.uint8)
+        self.buffer = (ctypes.c_uint8 * self.size).from_address(self._base)
+        self.bytes = np.frombuffer(self.buffer, np.uint8)
+        self._tensor = torch.frombuffer(self.buffer, dtype=torch.uint8)
         self._rows_of: dict[int, torch.Tensor] = {}
 
     def map(self, place: int, descriptor: int, size: int) -> None:

@@ -112,6 +112,12 @@ class ClipReader:
         self.clips = clips
         self._products = dict(products)
         self._layouts = {name: layout_of(product, levels) for name, product in products.items()}
+        # Of products whose clips have one value in one column, which is most of them.
+        self._quick = {
+            name: (layout, _STORED[layout.dtype], layout.shape)
+            for name, layout in self._layouts.items()
+            if products[name].kind == "grid" and not layout.high_bits and len(layout.widths) == 1
+        }
         self._masks = MaskFiles(folder)
         self._tokens = {
             name: MappedTokens(folder, product, _columns(product, self._layouts[name]), local, verify=verify)
@@ -145,6 +151,12 @@ class ClipReader:
         found: dict[str, Any] = {}
         for i, (name, product) in enumerate(self._products.items()):
             first, counts = int(self.clips.firsts[i][clip]), self.clips.counts[i]
+            if quick := self._quick.get(name):
+                layout, dtype, shape = quick
+                array = self._tokens[name].array_at(first, dtype, shape)
+                if array is not None:
+                    found[name] = _as_tensor(array, layout)
+                    continue
             if product.kind == "masks":
                 found[name] = self._masks.read(product, np.array([first]), skip_damaged=False)[0][0]
             else:
@@ -186,8 +198,8 @@ class ClipReader:
         ends_N = None if counts_N is None else np.cumsum(counts_N)
         num_values = len(firsts_N) if ends_N is None else int(ends_N[-1]) if len(ends_N) else 0
         layout, product = self._layouts[name], self._products[name]
-        if not layout.high_bits and len(layout.widths) == 1:  # the quick way of most products
-            dtype, shape = _STORED[layout.dtype], layout.shape
+        if name in self._quick:
+            _, dtype, shape = self._quick[name]
 
             def read(begin: int, end: int) -> torch.Tensor:
                 return _as_tensor(mapped.plane(begin, end).view(dtype).reshape(end - begin, *shape), layout)

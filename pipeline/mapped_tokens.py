@@ -82,6 +82,7 @@ class MappedTokens:
             in_files_G = self._file_places_F[groups.files_G] + offsets_G
             self._places[i] = np.where(self._is_alone[i], total + np.cumsum(paged_G) - paged_G, in_files_G)
             total += int(paged_G.sum())
+        self._is_steady = not self._is_alone.any() and len(groups.names_F) <= MOST_MAPPED // 2
         self._places_of: list[list[int]] = self._places.tolist()
         self._range, self._buffers = AddressRange(total), Buffers()
         self._checked_files: set[int] = set()
@@ -89,7 +90,7 @@ class MappedTokens:
     @property
     def is_steady(self) -> bool:
         """Whether whatever is mapped stays so: where all is in local files, and in no more than may be mapped."""
-        return not self._is_alone.any() and len(self._groups.names_F) <= MOST_MAPPED // 2
+        return self._is_steady
 
     @property
     def is_at_hand(self) -> bool:
@@ -127,6 +128,14 @@ class MappedTokens:
             if self._is_all_ready or self._ready[:, groups_N].all():
                 return self._gathered(groups_N, firsts_N, counts_N), np.zeros(len(firsts_N), bool)
             return self._read_new(groups_N, firsts_N, counts_N, skip_damaged=skip_damaged)
+
+    def array_at(self, first: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray | None:
+        """A copy of value `first` of the first column; None where it has to be mapped before (`read_one` does)."""
+        group = bisect.bisect_right(self._ends, first)
+        if not (self._is_all_ready or self._ready[:, group].all()) or not self.is_steady:
+            return None
+        place = self._places_of[0][group] + (first - self._begins[group]) * self._widths[0][1]
+        return np.ndarray(shape, dtype, self._range.buffer, place).copy()
 
     def read_one(self, first: int, count: int = 1) -> dict[str, np.ndarray]:
         """As `read`, of one clip: the bytes (count, width) of each column; the way to few clips."""
