@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..schemas.errors import StorageError
 
@@ -46,8 +45,7 @@ class AddressRange:
         weakref.finalize(self, _libc.munmap, self._base, self.size).atexit = False
         self.buffer = (ctypes.c_uint8 * self.size).from_address(self._base)
         self.bytes = np.frombuffer(self.buffer, np.uint8)
-        self._tensor = torch.frombuffer(self.buffer, dtype=torch.uint8)
-        self._rows_of: dict[int, torch.Tensor] = {}
+        self._rows_of: dict[int, np.ndarray] = {}
 
     def map(self, place: int, descriptor: int, size: int) -> None:
         """Let the first `size` bytes of an open file be read at `place`, a multiple of PAGE; it may be closed then."""
@@ -57,20 +55,21 @@ class AddressRange:
         """Give back what was mapped at `place`."""
         _mapped(self._base + place, pages(size), _NONE, _UNBACKED | _FIXED, -1)
 
-    def gather(self, places_N: np.ndarray, out_NW: np.ndarray) -> None:
-        """Copy the W bytes from each place on to uint8 `out_NW`; other threads run meanwhile."""
-        if out_NW.size:
-            rows = self._rows(out_NW.shape[1])
-            torch.index_select(rows, 0, torch.from_numpy(places_N), out=torch.from_numpy(out_NW))
+    def gather(self, places_N: np.ndarray, width: int) -> np.ndarray:
+        """A copy (N, width) uint8 of the bytes from each place on."""
+        if not places_N.size:
+            return np.zeros((0, width), np.uint8)
+        return self._rows(width)[places_N]
 
     def copy(self, place: int, out_NW: np.ndarray) -> None:
         """Copy as many bytes as `out_NW` has from one place on."""
         np.copyto(out_NW.reshape(-1), self.bytes[place : place + out_NW.size])
 
-    def _rows(self, width: int) -> torch.Tensor:
+    def _rows(self, width: int) -> np.ndarray:
         """All rows of `width` bytes: one begins at every address."""
         if width not in self._rows_of:
-            self._rows_of[width] = torch.as_strided(self._tensor, (self.size - width + 1, width), (1, 1))
+            shape, strides = (self.size - width + 1, width), (1, 1)
+            self._rows_of[width] = np.lib.stride_tricks.as_strided(self.bytes, shape, strides, writeable=False)
         return self._rows_of[width]
 
     def page_in(self, places_N: np.ndarray, width: int) -> bool:

@@ -281,23 +281,28 @@ class TokenLoader(IterableDataset[Batch]):
         with ThreadPoolExecutor(1, thread_name_prefix="loader") as thread:
             ahead: deque[Future[_Block | None]] = deque()
             while True:
-                is_at_hand = all(reader.is_at_hand for reader in self._readers)  # then a thread would only cost time
-                while len(ahead) < BLOCKS_AHEAD and not is_at_hand:
+                while len(ahead) < BLOCKS_AHEAD and not self._is_at_hand:
                     ahead.append(thread.submit(next, reading, None))
                 block = ahead.popleft().result() if ahead else next(reading, None)
                 if block is None:
                     return
                 yield block
 
+    @property
+    def _is_at_hand(self) -> bool:
+        """Whether all is mapped, checked and in memory: a thread would only cost time."""
+        return all(reader.is_at_hand for reader in self._readers)
+
     def _read_blocks(self, epoch: int, first: int, stride: int) -> Iterator[_Block]:
         """Blocks of batches of this rank, of as many steps as may be planned at once; where values have to be read for
-        that, in shares. The first ones have few steps, so that they come soon.
+        that, in shares. The first ones have few steps, so that they come soon, unless all is at hand.
         """
-        bytes_per_step, num_steps = max(1, self._bytes_per_step()), 1
+        bytes_per_step = max(1, self._bytes_per_step())
         is_late = len(self._readers) == 1 and self._readers[0].is_gathered_late
         per_block = PLANNED_CLIPS if is_late else max(1, BLOCK_BYTES // bytes_per_step)
         share = max(1, self._batch_size // self.world_size)
         most = max(1, min(PLANNED_CLIPS // share, PLANNED_BYTES // bytes_per_step))
+        num_steps = most if self._is_at_hand else 1
         while True:
             steps_S = np.arange(first, first + num_steps * stride, stride)
             planned = self._plan.positions(epoch, steps_S, self.rank, self.world_size)

@@ -184,8 +184,7 @@ class MappedTokens:
     ) -> dict[str, np.ndarray]:
         found = {}
         for column, width, places_V in self._places_by_column(groups_N, firsts_N, counts_N):
-            found[column] = self._buffers.take(len(places_V), width)
-            self._range.gather(places_V, found[column])
+            found[column] = self._range.gather(places_V, width)
         return found
 
     def _places_by_column(

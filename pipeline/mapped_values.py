@@ -19,17 +19,16 @@ class MappedColumn:
         self._run_V = np.cumsum(begins) - 1  # the number of each value's run
         self._begins_R = np.flatnonzero(begins)
 
-    def gather(self, addresses: AddressRange, begin: int, end: int, out_NW: np.ndarray) -> None:
-        """Copy values begin..end-1 to uint8 `out_NW`."""
-        if end == begin:
-            return
-        first, last = int(self._run_V[begin]), int(self._run_V[end - 1])
-        if (last - first) * LONG_RUN > out_NW.nbytes:
-            addresses.gather(self.places_V[begin:end], out_NW)
-            return
+    def gather(self, addresses: AddressRange, buffers: Buffers, begin: int, end: int) -> np.ndarray:
+        """A copy (end - begin, width) uint8 of values begin..end-1."""
+        first, last = (int(self._run_V[begin]), int(self._run_V[end - 1])) if end > begin else (0, 0)
+        if (last - first) * LONG_RUN > (end - begin) * self.width:
+            return addresses.gather(self.places_V[begin:end], self.width)
+        found = buffers.take(end - begin, self.width)
         bounds = [begin, *self._begins_R[first + 1 : last + 1].tolist(), end]
         for one, following in itertools.pairwise(bounds):
-            addresses.copy(int(self.places_V[one]), out_NW[one - begin : following - begin])
+            addresses.copy(int(self.places_V[one]), found[one - begin : following - begin])
+        return found
 
 
 class MappedValues:
@@ -44,10 +43,7 @@ class MappedValues:
 
     def plane(self, begin: int, end: int, column: int = 0) -> np.ndarray:
         """Those of one column by its number."""
-        one = self._columns[column]
-        found = self._buffers.take(end - begin, one.width)
-        one.gather(self._range, begin, end, found)
-        return found
+        return self._columns[column].gather(self._range, self._buffers, begin, end)
 
     def page_in(self) -> bool:
         """Have all of them in memory; False where some were not, as it seems."""
