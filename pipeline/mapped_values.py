@@ -21,7 +21,9 @@ class MappedColumn:
 
     def gather(self, addresses: AddressRange, buffers: Buffers, begin: int, end: int) -> np.ndarray:
         """A copy (end - begin, width) uint8 of values begin..end-1."""
-        first, last = (int(self._run_V[begin]), int(self._run_V[end - 1])) if end > begin else (0, 0)
+        if end == begin:
+            return np.zeros((0, self.width), np.uint8)
+        first, last = int(self._run_V[begin]), int(self._run_V[end - 1])
         if (last - first) * LONG_RUN > (end - begin) * self.width:
             return addresses.gather(self.places_V[begin:end], self.width)
         found = buffers.take(end - begin, self.width)
