@@ -16,7 +16,7 @@ from poison import append
 from tokenmill.pipeline.cache import open_cache
 
 RAY = {"kind": "ray", "workers": 2}
-NUM_KILLS = [2, pytest.param(50, marks=pytest.mark.slow)]
+NUM_KILLS = [pytest.param(2, marks=pytest.mark.slow), pytest.param(50, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("num_kills", NUM_KILLS)
@@ -82,7 +82,11 @@ def test_machines_killed_at_random_lose_nothing(make_job: MakeJob, whole: Conten
 
 @pytest.mark.parametrize(
     ("num_videos", "executor"),
-    [(10, {}), pytest.param(200, {}, marks=pytest.mark.slow), pytest.param(200, RAY, marks=pytest.mark.slow)],
+    [
+        pytest.param(10, {}, marks=pytest.mark.slow),
+        pytest.param(200, {}, marks=pytest.mark.slow),
+        pytest.param(200, RAY, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_poison_is_quarantined_and_nothing_else(

@@ -156,6 +156,7 @@ def test_an_interrupt_that_a_library_made_an_error_of_is_still_one(
     assert "what was committed is kept" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_grace_the_shard_in_hand_is_left(start: Start, tmp_path: Path) -> None:
     job = start("--set", "executor.grace_s=0")
     wait_for_manifests(job, tmp_path / "cache", 1)

@@ -162,6 +162,7 @@ def test_a_retry_that_was_only_planned_is_made_by_the_next_command(
     assert counts_of(tokenmill)["clips"] == (ALL_CLIPS, 0, 0)
 
 
+@pytest.mark.slow
 def test_retries_and_runs_at_once_commit_every_clip_once(
     tokenmill: Command, write_recipe: WriteRecipe, footage: Path, tmp_path: Path
 ) -> None:
@@ -249,6 +250,7 @@ def test_quarantined_clips_are_counted_apart_and_tried_again(
     assert counts_of(tokenmill) == {"clips": (1, 0, 0), "tokens/fake": (1, 0, 0)}
 
 
+@pytest.mark.slow
 def test_quarantined_videos_wait_for_a_retry_and_then_are_planned(
     tokenmill: Command, write_recipe: WriteRecipe, make_video: Callable[..., str]
 ) -> None:

@@ -70,6 +70,7 @@ def test_the_same_job_twice_changes_no_byte(tokenmill: Command, write_recipe: Wr
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_local_and_ray_executors_write_the_same_files(
     tokenmill: Command, write_recipe: WriteRecipe, videos: Path, tmp_path: Path
 ) -> None:

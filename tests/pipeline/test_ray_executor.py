@@ -116,6 +116,7 @@ def test_a_process_that_is_killed_costs_no_clip(
     assert not any(report.failures for report in reports if isinstance(report, ShardProgress))
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_asked_to_leave_finishes_its_shard(
     recipe: Callable[..., Recipe], of_kind: Callable[..., list[Any]]
 ) -> None:
