@@ -6,7 +6,6 @@ Every snapshot has one of its own beside that of what is committed now.
 import contextlib
 import glob
 import os
-from pathlib import Path
 
 import duckdb
 
@@ -15,6 +14,7 @@ from ..schemas.errors import CacheError
 from ..schemas.snapshot import Snapshot
 from .index_source import IndexSource
 from .index_update import INDEX, INDEX_REVISION, attach, connect, make_index
+from .places import user_cache_folder
 from .storage import Folder, storage_errors
 
 PUBLISHED_OVER = 5  # times that other builders may put an index of an earlier state in place of one just made
@@ -25,8 +25,7 @@ def index_path(folder: Folder, snapshot: Snapshot | None = None) -> str:
     suffix = f"-{snapshot.number}.duckdb" if snapshot else ".duckdb"
     if folder.is_local and os.access(folder.root, os.W_OK):
         return folder.path(f"{INDEX}{suffix}")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(Path.home(), ".cache")
-    return os.path.join(base, "tokenmill", "index", f"{digest_of(folder.url)[:16]}{suffix}")
+    return os.path.join(user_cache_folder("index"), f"{digest_of(folder.url)[:16]}{suffix}")
 
 
 def ensure_index(folder: Folder, snapshot: Snapshot | None = None) -> str:

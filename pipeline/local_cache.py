@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from ..schemas.errors import CacheError
+from .places import user_cache_folder
 from .storage import storage_errors
 
 log = logging.getLogger(__name__)
@@ -51,8 +52,7 @@ class LocalCache:
     @property
     def folder(self) -> str:
         """Where the parts lie."""
-        caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        return self._folder or os.path.join(caches, "tokenmill", "parts")
+        return self._folder or user_cache_folder("parts")
 
     def open(self, key: str, size: int, fetch: Callable[[], bytes]) -> int:
         """A read-only file descriptor of the `size` bytes of `key`, which the caller closes.
