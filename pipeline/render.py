@@ -41,12 +41,15 @@ def _colour(name: str) -> tuple[float, ...]:
 
 
 def write_video(path: str, frames_THWC: np.ndarray, fps: float) -> None:
-    """Write frames (T,H,W,3) uint8 as H.264 in MP4, which every player shows; H and W must be even."""
+    """Write frames (T,H,W,3) uint8 as H.264 in MP4, which every player shows; H and W must be even.
+
+    The same frames give the same bytes: x264's mbtree, which reads memory that it has not written, is off.
+    """
     with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "16"}
+        stream.options = {"crf": "16", "x264-params": "mbtree=0"}
         for frame_HWC in frames_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame_HWC, format="rgb24")))
         container.mux(stream.encode(None))
