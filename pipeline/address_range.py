@@ -45,6 +45,7 @@ class AddressRange:
         weakref.finalize(self, _libc.munmap, self._base, self.size).atexit = False
         self.buffer = (ctypes.c_uint8 * self.size).from_address(self._base)
         self.bytes = np.frombuffer(self.buffer, np.uint8)
+        self.buffers = Buffers()
         self._rows_of: dict[int, np.ndarray] = {}
 
     def map(self, place: int, descriptor: int, size: int) -> None:
@@ -55,19 +56,16 @@ class AddressRange:
         """Give back what was mapped at `place`."""
         _mapped(self._base + place, pages(size), _NONE, _UNBACKED | _FIXED, -1)
 
-    def gather(self, places_N: np.ndarray, width: int) -> np.ndarray:
-        """A copy (N, width) uint8 of the bytes from each place on."""
-        return self._rows(width)[places_N]
+    def copy(self, place: int, out: np.ndarray) -> None:
+        """Copy as many bytes as `out` (uint8) has from one place on."""
+        np.copyto(out, self.bytes[place : place + out.size])
 
-    def copy(self, place: int, out_NW: np.ndarray) -> None:
-        """Copy as many bytes as `out_NW` has from one place on."""
-        np.copyto(out_NW.reshape(-1), self.bytes[place : place + out_NW.size])
-
-    def _rows(self, width: int) -> np.ndarray:
-        """All rows of `width` bytes: one begins at every address."""
+    def rows(self, width: int) -> np.ndarray:
+        """Values of `width` bytes, as voids, one from every place on: ``rows(width)[places_N]`` copies some."""
         if width not in self._rows_of:
-            shape, strides = (self.size - width + 1, width), (1, 1)
-            self._rows_of[width] = np.lib.stride_tricks.as_strided(self.bytes, shape, strides, writeable=False)
+            kind = np.dtype((np.void, width))
+            self._rows_of[width] = np.ndarray(max(0, self.size - width + 1), kind, self.buffer, 0, (1,))
+            self._rows_of[width].flags.writeable = False
         return self._rows_of[width]
 
     def page_in(self, places_N: np.ndarray, width: int) -> bool:
@@ -92,16 +90,15 @@ class Buffers:
     def __init__(self) -> None:
         self._held: list[np.ndarray] = []
 
-    def take(self, num_rows: int, width: int) -> np.ndarray:
-        """An array (num_rows, width) uint8 of any content."""
-        size = num_rows * width
+    def take(self, size: int) -> np.ndarray:
+        """An array (size,) uint8 of any content."""
         for i in range(len(self._held)):
             if sys.getrefcount(self._held[i]) == 2:  # the list's, and that of the call
                 if self._held[i].size < size:
                     self._held[i] = np.empty(size, np.uint8)
-                return self._held[i][:size].reshape(num_rows, width)
+                return self._held[i][:size]
         self._held = [*self._held[1 - MOST_BUFFERS :], np.empty(size, np.uint8)]
-        return self._held[-1][:size].reshape(num_rows, width)
+        return self._held[-1][:size]
 
 
 def pages(size: Any) -> Any:

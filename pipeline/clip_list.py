@@ -5,6 +5,7 @@ file that all ranks and workers of a machine share.
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -29,16 +30,19 @@ from .views import CLIPS_WITH_VIDEOS
 REVISION = 3  # rises with every change of the file
 MOST_KEPT, KEPT_S = 64, 30 * 86400  # lists that stay on disk
 ID_BYTES = 16
+_ID = np.dtype((np.void, ID_BYTES))
 DIGEST = b"tokenmill.digest"
 
 
 class ClipIds(Sequence[str]):
     """Ids of clips: a sequence of texts of 32 hex digits, made when they are asked for; ``list(ids)`` makes all."""
 
+    __slots__ = ("_stored",)
+
     def __init__(self, ids: np.ndarray | Iterable[str]) -> None:
-        """Of bytes (N,16) uint8, or of the texts themselves, as a DataLoader makes anew whatever it is given."""
+        """Of voids (N,) of 16 bytes, or of the texts themselves, as a DataLoader makes anew whatever it is given."""
         if not isinstance(ids, np.ndarray):
-            ids = np.frombuffer(bytes.fromhex("".join(ids)), np.uint8).reshape(-1, ID_BYTES)
+            ids = np.frombuffer(bytes.fromhex("".join(ids)), _ID)
         self._stored = ids
 
     @classmethod
@@ -123,11 +127,11 @@ class ClipList:
     def _ids(self) -> np.ndarray:
         column = self._table["clip_id"]
         data = column.chunk(0).buffers()[1] if column.num_chunks else b""
-        return np.frombuffer(data, np.uint8).reshape(-1, ID_BYTES)[: self.num_clips]
+        return np.frombuffer(data, _ID)[: self.num_clips]
 
     def ids(self, clips_N: np.ndarray) -> "ClipIds":
         """The ids of clips by number."""
-        return ClipIds(self._ids[clips_N])
+        return ClipIds(self._ids.take(clips_N))
 
     @cached_property
     def column_names(self) -> list[str]:
@@ -142,7 +146,7 @@ class ClipList:
         """What a batch has of clips besides tokens: ``clip_id``, ``num_valid`` and `columns`."""
         return {
             "clip_id": self.ids(clips_N),
-            "num_valid": torch.from_numpy(self.num_valid[clips_N]),
+            "num_valid": torch.from_numpy(self.num_valid.take(clips_N)),
             **{name: self.column(name, clips_N) for name in columns},
         }
 
@@ -170,6 +174,14 @@ def joined_columns(parts: list[Any]) -> Any:
     if isinstance(parts[0], ClipIds):
         return ClipIds.joined(parts)
     return [one for part in parts for one in part]
+
+
+def column_parts(column: Any, bounds: Sequence[int]) -> Sequence[Any]:
+    """The rows between each two of `bounds`, which begin at 0 and end with the last row."""
+    spans = itertools.pairwise(bounds)
+    if isinstance(column, torch.Tensor):
+        return column.split([end - begin for begin, end in spans])
+    return [column[begin:end] for begin, end in spans]
 
 
 def chosen_rows(column: Any, places_N: np.ndarray) -> Any:

@@ -39,7 +39,7 @@ class ClipOrder:
     def clips(self, epoch: int, positions_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source of the clip at each position of an epoch, and the clip's number in it, both int64 (N,)."""
         if len(self.sizes) == 1:
-            return np.zeros(len(positions_N), np.int64), self._shuffled(0, np.int64(epoch), positions_N)
+            return np.zeros(len(positions_N), np.int64), self._shuffled(0, epoch, positions_N)
         cycles_N, places_N = np.divmod(epoch * self.num_positions + positions_N, PERIOD)
         schedule, ranks, counts = self._schedule
         sources_N, numbers_N = schedule[places_N], np.empty(len(positions_N), np.int64)
@@ -47,7 +47,7 @@ class ClipOrder:
             chosen = np.flatnonzero(sources_N == source)
             taken_N = cycles_N[chosen] * counts[source] + ranks[places_N[chosen]]
             passes_N, within_N = np.divmod(taken_N, size)
-            for one in np.unique(passes_N):
+            for one in np.unique(passes_N).tolist():
                 of_pass = passes_N == one
                 numbers_N[chosen[of_pass]] = self._shuffled(source, one, within_N[of_pass])
         return sources_N, numbers_N
@@ -63,7 +63,7 @@ class ClipOrder:
         in_time = np.lexsort((sources, times))
         return sources[in_time], ranks[in_time], counts
 
-    def _shuffled(self, source: int, epoch: np.int64, positions_N: np.ndarray) -> np.ndarray:
+    def _shuffled(self, source: int, epoch: int, positions_N: np.ndarray) -> np.ndarray:
         size = self.sizes[source]
         if self.shuffle == "none":
             return positions_N
@@ -81,7 +81,7 @@ class ClipOrder:
             found_N[chosen] = self._moved(begin, end, size, key)[mixed_N]
         return found_N
 
-    def _moved(self, begin: int, end: int, size: int, key: np.ndarray) -> np.ndarray:
+    def _moved(self, begin: int, end: int, size: int, key: int) -> np.ndarray:
         """The clips of the runs that stand at places begin..end-1; clips that are left over stay the last."""
         run = min(self.run, size)
         runs = np.arange(begin // run, -(-end // run))

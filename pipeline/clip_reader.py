@@ -1,10 +1,12 @@
 """Reading many clips of a cache at once: the values of every product, as tensors of the type that is stored."""
 
+import bisect
+import itertools
 import mmap
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +24,7 @@ from .stored_product import StoredProduct
 from .token_file import LOW, TokenLayout, from_planes
 
 MOST_MASK_FILES = 16
+GATHERED_BYTES = 512 << 10
 _CODES = np.dtype("<u2")
 _STORED = {"uint16": _CODES, "float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "bfloat16": np.dtype("<i2")}
 MASK_BYTES = 1 << 20  # of the masks of a clip, about
@@ -43,22 +46,43 @@ class Packed(NamedTuple):
 class Values:
     """The values of some clips in one product, of which `read` gives those from one number to another.
 
-    `ends_N` says where the values of each clip end, where clips have different numbers of them.
+    `ends_N` says where the values of each clip end, where clips have different numbers of them. About so many as
+    `at_once` are best read together.
     """
 
     read: Callable[[int, int], Any]
     num_values: int
+    at_once: int
     ends_N: np.ndarray | None = None
 
-    def part(self, begin: int, end: int) -> Any:
-        """Those of clips begin..end-1 as a batch has them."""
+    def parts(self, bounds: Sequence[int], *, pin: bool) -> Iterator[Any]:
+        """What each batch has, of clips ``bounds[i]`` to ``bounds[i + 1] - 1``; read as it is asked for."""
         if self.ends_N is None:
-            return self.read(begin, end)
-        first = int(self.ends_N[begin - 1]) if begin else 0
-        cu_seqlens = np.zeros(end - begin + 1, np.int32)
-        np.subtract(self.ends_N[begin:end], first, out=cu_seqlens[1:], casting="unsafe")
-        longest = int(np.diff(cu_seqlens).max(initial=0))
-        return Packed(self.read(first, first + int(cu_seqlens[-1])), torch.from_numpy(cu_seqlens), longest)
+            return self._tensors(bounds, pin=pin)
+        ends_N, firsts_B = np.append(0, self.ends_N), np.asarray(bounds[:-1])
+        sizes_B = np.diff(bounds) + 1
+        cu_seqlens = ends_N[runs(firsts_B, sizes_B)] - np.repeat(ends_N[firsts_B], sizes_B)
+        longest = [int(np.diff(ends_N[a : b + 1]).max(initial=0)) for a, b in itertools.pairwise(bounds)]
+        values = self._tensors(ends_N[list(bounds)].tolist(), pin=pin)
+        parts = torch.from_numpy(cu_seqlens.astype(np.int32)).split(sizes_B.tolist())
+        return map(Packed, values, parts, longest)
+
+    def _tensors(self, bounds: Sequence[int], *, pin: bool) -> Iterator[Any]:
+        """The values between each two of `bounds`."""
+        if self.at_once // 2 > max(np.diff(bounds), default=0):
+            return itertools.chain.from_iterable(self._read_together(bounds, pin=pin))
+        values = map(self.read, bounds[:-1], bounds[1:])
+        return map(_pinned, values) if pin else values
+
+    def _read_together(self, bounds: Sequence[int], *, pin: bool) -> Iterator[Sequence[torch.Tensor]]:
+        """As _tensors: those of several batches are views of what was read at once."""
+        i = 0
+        while i < len(bounds) - 1:
+            j = bisect.bisect_right(bounds, bounds[i] + self.at_once) - 1
+            values = self.read(bounds[i], bounds[j])
+            sizes = [end - begin for begin, end in itertools.pairwise(bounds[i : j + 1])]
+            yield (_pinned(values) if pin else values).split(sizes)
+            i = j
 
     def chosen(self, clips_N: np.ndarray) -> "Values":
         """Some clips, in the order given."""
@@ -72,9 +96,15 @@ class Values:
         return held(values[torch.from_numpy(chosen)], counts_N[clips_N])
 
 
+def _pinned(values: Any) -> Any:
+    """The same in page-locked memory, from which GPUs copy while they work."""
+    return [grid.pin_memory() for grid in values] if isinstance(values, list) else values.pin_memory()
+
+
 def held(values: torch.Tensor, counts_N: np.ndarray | None = None) -> Values:
     """Values that are a tensor."""
-    return Values(lambda begin, end: values[begin:end], len(values), None if counts_N is None else np.cumsum(counts_N))
+    ends_N = None if counts_N is None else np.cumsum(counts_N)
+    return Values(lambda begin, end: values[begin:end], len(values), len(values), ends_N)
 
 
 def listed(grids: list[torch.Tensor]) -> Values:
@@ -84,7 +114,7 @@ def listed(grids: list[torch.Tensor]) -> Values:
         part = grids[begin:end]
         return torch.stack(part) if len({grid.shape for grid in part}) == 1 else part
 
-    return Values(read, len(grids))
+    return Values(read, len(grids), at_once=0)
 
 
 def joined(parts: Sequence[Values]) -> Values:
@@ -114,7 +144,7 @@ class ClipReader:
         self._layouts = {name: layout_of(product, levels) for name, product in products.items()}
         # Of products whose clips have one value in one column, which is most of them.
         self._quick = {
-            name: (layout, _STORED[layout.dtype], layout.shape)
+            name: np.dtype((_STORED[layout.dtype], layout.shape))
             for name, layout in self._layouts.items()
             if products[name].kind == "grid" and not layout.high_bits and len(layout.widths) == 1
         }
@@ -151,11 +181,10 @@ class ClipReader:
         found: dict[str, Any] = {}
         for i, (name, product) in enumerate(self._products.items()):
             first, counts = int(self.clips.firsts[i][clip]), self.clips.counts[i]
-            if quick := self._quick.get(name):
-                layout, dtype, shape = quick
-                array = self._tokens[name].array_at(first, dtype, shape)
+            if value_type := self._quick.get(name):
+                array = self._tokens[name].array_at(first, value_type)
                 if array is not None:
-                    found[name] = _as_tensor(array, layout)
+                    found[name] = _as_tensor(array, self._layouts[name])
                     continue
             if product.kind == "masks":
                 found[name] = self._masks.read(product, np.array([first]), skip_damaged=False)[0][0]
@@ -174,7 +203,8 @@ class ClipReader:
         damaged_N = np.zeros(len(clips_N), bool)
         for i, (name, product) in enumerate(self._products.items()):
             counts = self.clips.counts[i]
-            firsts_N, counts_N = self.clips.firsts[i][clips_N], None if counts is None else counts[clips_N]
+            firsts_N = self.clips.firsts[i].take(clips_N)
+            counts_N = None if counts is None else counts.take(clips_N)
             if product.kind == "masks":
                 grids, damaged = self._masks.read(product, firsts_N, skip_damaged=skip_damaged)
                 found[name] = listed(grids)
@@ -194,21 +224,25 @@ class ClipReader:
         self, name: str, firsts_N: np.ndarray, counts_N: np.ndarray | None, *, skip_damaged: bool
     ) -> tuple[Values, np.ndarray]:
         """Values that are gathered when a batch is made."""
-        mapped, damaged_N = self._tokens[name].mapped(firsts_N, counts_N, skip_damaged=skip_damaged)
+        columns, damaged_N = self._tokens[name].mapped(firsts_N, counts_N, skip_damaged=skip_damaged)
         ends_N = None if counts_N is None else np.cumsum(counts_N)
         num_values = len(firsts_N) if ends_N is None else int(ends_N[-1]) if len(ends_N) else 0
         layout, product = self._layouts[name], self._products[name]
-        if name in self._quick:
-            _, dtype, shape = self._quick[name]
+        if value_type := self._quick.get(name):
+            (gather,) = [column.gather for column in columns.values()]
 
             def read(begin: int, end: int) -> torch.Tensor:
-                return _as_tensor(mapped.plane(begin, end).view(dtype).reshape(end - begin, *shape), layout)
+                return _as_tensor(gather(begin, end).view(value_type), layout)
         else:
 
             def read(begin: int, end: int) -> torch.Tensor:
-                return _as_tensor(_as_array(mapped.planes(begin, end), layout, product), layout)
+                planes = {
+                    name: column.gather(begin, end).view(np.dtype((np.uint8, column.width)))
+                    for name, column in columns.items()
+                }
+                return _as_tensor(_as_array(planes, layout, product), layout)
 
-        return Values(read, num_values, ends_N), damaged_N
+        return Values(read, num_values, GATHERED_BYTES // max(1, sum(product.widths.values())), ends_N), damaged_N
 
     def _tensor(self, name: str, planes: Mapping[str, np.ndarray]) -> torch.Tensor:
         layout = self._layouts[name]

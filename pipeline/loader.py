@@ -14,9 +14,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from ..schemas.digest import digest_of
 from ..schemas.errors import CacheError
 from .cache import TokenCache
-from .clip_list import chosen_rows, joined_columns, list_clips
+from .clip_list import chosen_rows, column_parts, joined_columns, list_clips
 from .clip_order import ClipOrder, Shuffle
-from .clip_reader import ClipReader, Packed, Values, joined
+from .clip_reader import ClipReader, Values, joined
 from .local_cache import LocalCache
 from .ranks import place_of, refuse_other_data
 from .step_plan import BudgetPlan, CountPlan, Tail
@@ -26,7 +26,7 @@ Batch = dict[str, Any]
 
 BLOCK_BYTES = 8 << 20  # that are read at once
 BLOCKS_AHEAD = 2
-PLANNED_CLIPS = 8192  # at once, of one rank
+PLANNED_CLIPS = 32768  # at once, of one rank
 PLANNED_BYTES = 256 << 20
 SLOTS = 64  # of counts of worker processes
 STATE_VERSION = 1
@@ -352,14 +352,11 @@ class TokenLoader(IterableDataset[Batch]):
 
     def _batches(self, values: Mapping[str, Values], small: Mapping[str, Any], ends_S: np.ndarray) -> Iterator[Batch]:
         """The clips of a block, divided into steps; `small` are their ids and columns."""
-        ends = ends_S.tolist()
-        spans = list(zip([0, *ends[:-1]], ends, strict=True))
-        columns = [[column[begin:end] for begin, end in spans] for column in small.values()]
+        bounds = [0, *ends_S.tolist()]
+        columns = [column_parts(column, bounds) for column in small.values()]
         names = [*small, *values]
-        parts = [one.part for one in values.values()]
-        for small_parts, (begin, end) in zip(zip(*columns, strict=True), spans, strict=True):
-            tokens = [part(begin, end) for part in parts]
-            yield dict(zip(names, [*small_parts, *(map(_pinned, tokens) if self._pin else tokens)], strict=True))
+        for parts in zip(*columns, *(one.parts(bounds, pin=self._pin) for one in values.values()), strict=True):
+            yield dict(zip(names, parts, strict=True))
 
     def _small(self, sources_N: np.ndarray, clips_N: np.ndarray) -> dict[str, Any]:
         """Ids, numbers of real frames, and columns of clips."""
@@ -380,13 +377,6 @@ def check_columns(columns: Sequence[str] | Mapping[str, str], products: Sequence
     if taken := {"clip_id", "num_valid", "source", *products} & set(expressions):
         raise CacheError(f"columns: {', '.join(sorted(taken))} would be twice in a batch: give them other names")
     return expressions
-
-
-def _pinned(part: Any) -> Any:
-    """The same in page-locked memory, from which GPUs copy while they work."""
-    if isinstance(part, Packed):
-        return part._replace(values=part.values.pin_memory())
-    return [grid.pin_memory() for grid in part] if isinstance(part, list) else part.pin_memory()
 
 
 def _clips_per_run(reader: ClipReader, product: StoredProduct) -> int:

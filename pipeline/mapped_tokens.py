@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 from ..schemas.errors import REPAIR_REMEDY, CacheError
-from .address_range import AddressRange, Buffers, pages
+from .address_range import AddressRange, pages
 from .byte_ranges import ByteRange, opened, read_ranges
 from .local_cache import LocalCache
-from .mapped_values import MappedColumn, MappedValues, runs
+from .mapped_values import MappedColumn, runs
 from .row_groups import ranges_between, read_values
 from .storage import Folder, storage_errors
 from .stored_product import StoredProduct
@@ -51,11 +51,9 @@ class MappedTokens:
     ) -> None:
         self._product, self._columns, self._local, self._verify = product, tuple(columns), local, verify
         self._groups = product.groups
-        values_G = np.diff(self._groups.value_ends_G, prepend=0)
-        self._begins_G = self._groups.value_ends_G - values_G
-        self._sizes = {column: values_G * product.widths[column] for column in self._columns}
+        self._values_G = np.diff(self._groups.value_ends_G, prepend=0)
+        self._sizes = {column: self._values_G * product.widths[column] for column in self._columns}
         self._ends: list[int] = self._groups.value_ends_G.tolist()
-        self._begins: list[int] = self._begins_G.tolist()
         self._widths = [(column, product.widths[column]) for column in self._columns]
         self._use(folder)
 
@@ -64,7 +62,7 @@ class MappedTokens:
 
     def _use(self, folder: Folder) -> None:
         """Begin with nothing mapped. Every local file has a place, and so has every row group that is read alone."""
-        groups, shape = self._groups, (len(self._columns), len(self._begins_G))
+        groups, shape = self._groups, (len(self._columns), len(self._values_G))
         self._folder, self._pid, self._lock = folder, os.getpid(), threading.Lock()
         self._ready, self._checked, self._is_alone = (np.zeros(shape, bool) for _ in range(3))
         self._damaged_G = np.zeros(shape[1], bool)
@@ -83,8 +81,11 @@ class MappedTokens:
             self._places[i] = np.where(self._is_alone[i], total + np.cumsum(paged_G) - paged_G, in_files_G)
             total += int(paged_G.sum())
         self._is_steady = not self._is_alone.any() and len(groups.names_F) <= MOST_MAPPED // 2
-        self._places_of: list[list[int]] = self._places.tolist()
-        self._range, self._buffers = AddressRange(total), Buffers()
+        # Where value 0 would lie if each row group reached back to it.
+        widths = np.array([[width] for _, width in self._widths])
+        self._origins = self._places - (groups.value_ends_G - self._values_G) * widths
+        self._origins_of: list[list[int]] = self._origins.tolist()
+        self._range = AddressRange(total)
         self._checked_files: set[int] = set()
 
     @property
@@ -99,8 +100,8 @@ class MappedTokens:
 
     def mapped(
         self, firsts_N: np.ndarray, counts_N: np.ndarray | None = None, *, skip_damaged: bool = False
-    ) -> tuple["MappedValues", np.ndarray]:
-        """The values of clips, mapped, checked and in memory, to be gathered later; of a product that `is_steady`.
+    ) -> tuple[dict[str, MappedColumn], np.ndarray]:
+        """Values of clips by column, mapped, checked and in memory, to be gathered later: of a product that is steady.
 
         Also which clips (N,) are damaged, as `read` has it: their values are not to be gathered.
         """
@@ -108,12 +109,14 @@ class MappedTokens:
             groups_N = np.searchsorted(self._groups.value_ends_G, firsts_N, side="right")
             if not (self._is_all_ready or self._ready[:, groups_N].all()):
                 self._prepare(np.unique(groups_N), skip_damaged=skip_damaged)
-            columns = [MappedColumn(*one) for one in self._places_by_column(groups_N, firsts_N, counts_N)]
-            values = MappedValues(self._range, self._buffers, columns)
+            columns = {
+                column: MappedColumn(self._range, width, places_V)
+                for column, width, places_V in self._places_by_column(groups_N, firsts_N, counts_N)
+            }
             damaged_N = self._damaged_G[groups_N]
             if not damaged_N.any():
-                self._was_in_memory = values.page_in()
-            return values, damaged_N
+                self._was_in_memory = all([column.page_in() for column in columns.values()])
+            return columns, damaged_N
 
     def read(
         self, firsts_N: np.ndarray, counts_N: np.ndarray | None = None, *, skip_damaged: bool = False
@@ -129,13 +132,13 @@ class MappedTokens:
                 return self._gathered(groups_N, firsts_N, counts_N), np.zeros(len(firsts_N), bool)
             return self._read_new(groups_N, firsts_N, counts_N, skip_damaged=skip_damaged)
 
-    def array_at(self, first: int, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray | None:
+    def array_at(self, first: int, value_type: np.dtype) -> np.ndarray | None:
         """A copy of value `first` of the first column; None where it has to be mapped before (`read_one` does)."""
         group = bisect.bisect_right(self._ends, first)
         if not (self._is_all_ready or self._ready[:, group].all()) or not self.is_steady:
             return None
-        place = self._places_of[0][group] + (first - self._begins[group]) * self._widths[0][1]
-        return np.ndarray(shape, dtype, self._range.buffer, place).copy()
+        place = self._origins_of[0][group] + first * self._widths[0][1]
+        return np.ndarray((), value_type, self._range.buffer, place).copy()
 
     def read_one(self, first: int, count: int = 1) -> dict[str, np.ndarray]:
         """As `read`, of one clip: the bytes (count, width) of each column; the way to few clips."""
@@ -144,7 +147,7 @@ class MappedTokens:
             return self.read(np.array([first]), np.array([count]))[0]
         found = {}
         for i, (column, width) in enumerate(self._widths):
-            place = self._places_of[i][group] + (first - self._begins[group]) * width
+            place = self._origins_of[i][group] + first * width
             found[column] = self._range.bytes[place : place + count * width].copy().reshape(count, width)
         return found
 
@@ -184,7 +187,7 @@ class MappedTokens:
     ) -> dict[str, np.ndarray]:
         found = {}
         for column, width, places_V in self._places_by_column(groups_N, firsts_N, counts_N):
-            found[column] = self._range.gather(places_V, width)
+            found[column] = self._range.rows(width)[places_V].view(np.dtype((np.uint8, width)))
         return found
 
     def _places_by_column(
@@ -192,7 +195,7 @@ class MappedTokens:
     ) -> Iterator[tuple[str, int, np.ndarray]]:
         """Name and width of each column, and the place of every value (V,) in it."""
         for i, (column, width) in enumerate(self._widths):
-            places_N = self._places[i, groups_N] + (firsts_N - self._begins_G[groups_N]) * width
+            places_N = self._origins[i].take(groups_N) + firsts_N * width
             yield column, width, places_N if counts_N is None else runs(places_N, counts_N, width)
 
     def _parts(self, groups: np.ndarray) -> Iterator[np.ndarray]:
@@ -255,11 +258,10 @@ class MappedTokens:
         offsets = {column: offsets_G[groups] for column, offsets_G in self._groups.offsets.items()}
         if min(map(np.min, offsets.values())) < 0:
             return
-        values_G = self._groups.value_ends_G[groups] - self._begins_G[groups]
         spans = [
             (int(offset), int(values) * self._product.widths[column])
             for column, offsets_G in offsets.items()
-            for offset, values in zip(offsets_G, values_G, strict=True)
+            for offset, values in zip(offsets_G, self._values_G[groups], strict=True)
         ]
         between = ranges_between(spans, int(self._groups.sizes_F[file]))
         ranges = [ByteRange(name, begin, end - begin) for begin, end in between]

@@ -1,55 +1,43 @@
 """Values whose places in memory are known, gathered when a batch is made of them."""
 
+import bisect
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 
-from .address_range import AddressRange, Buffers
+from .address_range import AddressRange
 
-LONG_RUN = 16 << 10  # bytes that are copied sooner by themselves than as rows among others
+LONG_RUN = 128 << 10  # bytes that are copied sooner by themselves than as rows among others
 
 
 class MappedColumn:
-    """The places (V,) of values in a column, and their runs: values that lie one after the other are copied at once."""
+    """The places (V,) of values of `width` bytes in a column.
 
-    def __init__(self, name: str, width: int, places_V: np.ndarray) -> None:
-        self.name, self.width, self.places_V = name, width, places_V
-        begins = np.diff(places_V, prepend=places_V[:1] - width - 1) != width
-        self._run_V = np.cumsum(begins) - 1  # the number of each value's run
-        self._begins_R = np.flatnonzero(begins)
+    Where most lie one after the other, runs of them are copied, else value by value: what is sooner.
+    """
 
-    def gather(self, addresses: AddressRange, buffers: Buffers, begin: int, end: int) -> np.ndarray:
-        """A copy (end - begin, width) uint8 of values begin..end-1."""
-        if end == begin:
-            return np.zeros((0, self.width), np.uint8)
-        first, last = int(self._run_V[begin]), int(self._run_V[end - 1])
-        if (last - first) * LONG_RUN > (end - begin) * self.width:
-            return addresses.gather(self.places_V[begin:end], self.width)
-        found = buffers.take(end - begin, self.width)
-        bounds = [begin, *self._begins_R[first + 1 : last + 1].tolist(), end]
-        for one, following in itertools.pairwise(bounds):
-            addresses.copy(int(self.places_V[one]), found[one - begin : following - begin])
-        return found
+    def __init__(self, addresses: AddressRange, width: int, places_V: np.ndarray) -> None:
+        self._addresses, self.width, self.places_V = addresses, width, places_V
+        self._rows = addresses.rows(width)
+        is_break = np.diff(places_V) != width
+        num_runs = np.count_nonzero(is_break) + 1
+        is_of_runs = num_runs * LONG_RUN <= len(places_V) * width
+        self._breaks = (np.flatnonzero(is_break) + 1).tolist() if is_of_runs else None
 
-
-class MappedValues:
-    """Values whose places in memory are known: a part of them is gathered when it is asked for."""
-
-    def __init__(self, addresses: AddressRange, buffers: Buffers, columns: Sequence[MappedColumn]) -> None:
-        self._range, self._buffers, self._columns = addresses, buffers, columns
-
-    def planes(self, begin: int, end: int) -> dict[str, np.ndarray]:
-        """The bytes (end - begin, width) of each column of values begin..end-1."""
-        return {column.name: self.plane(begin, end, i) for i, column in enumerate(self._columns)}
-
-    def plane(self, begin: int, end: int, column: int = 0) -> np.ndarray:
-        """Those of one column by its number."""
-        return self._columns[column].gather(self._range, self._buffers, begin, end)
+    def gather(self, begin: int, end: int) -> np.ndarray:
+        """A copy (end - begin,) of values begin..end-1, each of which is a void of `width` bytes."""
+        if self._breaks is None:
+            return self._rows[self.places_V[begin:end]]
+        found = self._addresses.buffers.take((end - begin) * self.width)
+        first, last = bisect.bisect_right(self._breaks, begin), bisect.bisect_left(self._breaks, end)
+        for one, following in itertools.pairwise([begin, *self._breaks[first:last], end]):
+            out = found[(one - begin) * self.width : (following - begin) * self.width]
+            self._addresses.copy(int(self.places_V[one]), out)
+        return found.view(self._rows.dtype)
 
     def page_in(self) -> bool:
         """Have all of them in memory; False where some were not, as it seems."""
-        return all([self._range.page_in(column.places_V, column.width) for column in self._columns])
+        return self._addresses.page_in(self.places_V, self.width)
 
 
 def runs(firsts_N: np.ndarray, counts_N: np.ndarray, step: int = 1) -> np.ndarray:

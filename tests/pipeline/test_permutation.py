@@ -20,12 +20,6 @@ def test_a_number_is_found_without_the_others_and_among_very_many() -> None:
     assert 0 <= far.min() < far.max() < 10**13
 
 
-def test_each_number_may_have_a_key_of_its_own() -> None:
-    keys = key_of(3, np.arange(5))
-    mixed = permuted(np.full(5, 42), 1000, keys)
-    assert mixed.tolist() == [int(permuted(np.array([42]), 1000, key)[0]) for key in keys]
-
-
 def test_it_looks_random() -> None:
     """Distances of neighbours, fixed points and correlation are those of random permutations, within five sigma."""
     size, keys = 1000, range(200)
@@ -40,5 +34,5 @@ def test_it_looks_random() -> None:
 
 
 def test_keys_differ_by_every_part_and_their_order() -> None:
-    keys = {int(key_of(*parts)[0]) for parts in [(1,), (2,), (1, 2), (2, 1), (1, 2, 0), (0, 1, 2)]}
+    keys = {key_of(*parts) for parts in [(1,), (2,), (1, 2), (2, 1), (1, 2, 0), (0, 1, 2)]}
     assert len(keys) == 6
