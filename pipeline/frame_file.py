@@ -2,13 +2,13 @@
 
 import itertools
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal import isal_zlib
 
 from ..schemas.errors import CacheError
 from ..schemas.tables import EMBEDDED_FRAMES_SCHEMA, FRAME_SCHEMA, with_format
@@ -52,7 +52,7 @@ def write_embedded_frames(
     ends_N = np.append(0, np.cumsum([len(one.frames) for one in embedded]))
     group = min(MOST_ROWS, max(1, ROW_GROUP_BYTES * len(embedded) // max(1, values_KD.nbytes)))
     bounds = [*ends_N[:-1:group], ends_N[-1]]
-    checksums = [zlib.crc32(values_KD[first:last].data) for first, last in itertools.pairwise(bounds)]
+    checksums = [isal_zlib.crc32(values_KD[first:last].data) for first, last in itertools.pairwise(bounds)]
     footer = {**footer, ENCODER: json.dumps(spec, sort_keys=True)}
     schema = with_format(
         embedded_schema(dim), **footer, **{CHECKSUMS.decode(): json.dumps({EMBEDDINGS_COLUMN: checksums})}

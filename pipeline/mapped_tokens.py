@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from isal import isal_zlib
 
 from ..schemas.errors import REPAIR_REMEDY, CacheError
 from .address_range import AddressRange, pages
@@ -326,7 +326,7 @@ class MappedTokens:
             except (OSError, pa.ArrowException) as error:
                 raise self._damaged(i, group, f"{error}") from None
         ranges = [ByteRange(name, offset, int(self._sizes[column][group]))]
-        data = self._downloaded(ranges, lambda data: not self._verify or wanted < 0 or zlib.crc32(data) == wanted)
+        data = self._downloaded(ranges, lambda data: not self._verify or wanted < 0 or isal_zlib.crc32(data) == wanted)
         if data is None:
             raise self._damaged(i, group)
         return data
@@ -345,8 +345,8 @@ class MappedTokens:
         wanted = int(self._groups.checksums[self._columns[i]][group])
         if not self._verify or wanted < 0 or self._checked[i, group]:
             return True
-        place = int(self._places[i, group])
-        return zlib.crc32(self._range.bytes[place : place + int(self._sizes[self._columns[i]][group])].data) == wanted
+        place, size = int(self._places[i, group]), int(self._sizes[self._columns[i]][group])
+        return isal_zlib.crc32(self._range.bytes[place : place + size].data) == wanted
 
     def _damaged(self, i: int, group: int, reason: str = "its CRC-32 does not match") -> _Damaged:
         return _Damaged(

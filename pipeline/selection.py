@@ -4,7 +4,6 @@ The unit is one step of the grid in time (after VideoRouter, arXiv:2605.05848, w
 where levels have grids of their own, and a trajectory where tokens stand for these.
 """
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import pyarrow as pa
 import torch
+from isal import isal_zlib
 
 from ..schemas.errors import REPAIR_REMEDY, CacheError, RecipeError
 from .allocation import Policy
@@ -282,7 +282,7 @@ def _check_groups(cache: TokenCache, pieces: Sequence[_Piece]) -> int:
     for one, checksum in groups.items():
         (data,), num_bytes = read_ranges(cache.folder, [one])
         num_read += num_bytes
-        if checksum is not None and zlib.crc32(data) != checksum:
+        if checksum is not None and isal_zlib.crc32(data) != checksum:
             raise CacheError(
                 f"{cache.folder.uri(one.name)}: the row group of {one.size} bytes at {one.offset} is damaged (its"
                 f" CRC-32 does not match): {REPAIR_REMEDY}"

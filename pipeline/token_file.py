@@ -8,7 +8,6 @@ only the footer to find any row. For every other reader the file is ordinary Par
 import io
 import json
 import mmap
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal import isal_zlib
 
 from ..schemas.errors import REPAIR_REMEDY, CacheError
 from ..schemas.tables import FORMAT_KEY, check_format, with_format
@@ -194,7 +194,7 @@ def write_token_file(
     table = pa.Table.from_arrays([*rows.columns, *columns], schema=schema)
     group = layout.rows_per_group
     checksums = {
-        name: [zlib.crc32(plane[i : i + group].data) for i in range(0, len(plane), group)]
+        name: [isal_zlib.crc32(plane[i : i + group].data) for i in range(0, len(plane), group)]
         for name, plane in planes.items()
     }
     small = [field.name for field in rows.schema]
@@ -314,7 +314,7 @@ class TokenFile:
         return plane.reshape(num_rows, width)
 
     def _check(self, group: int, name: str, plane: np.ndarray) -> None:
-        if self._checksums and zlib.crc32(plane.data) != self._checksums[name][group]:
+        if self._checksums and isal_zlib.crc32(plane.data) != self._checksums[name][group]:
             raise CacheError(
                 f"{self._name}: row group {group} of column {name} is damaged (its CRC-32 does not match):"
                 f" {REPAIR_REMEDY}"

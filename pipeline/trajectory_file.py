@@ -5,13 +5,13 @@ row group. Its values are the last ``tokens * width`` bytes of the column chunk,
 """
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from isal import isal_zlib
 
 from ..schemas.errors import REPAIR_REMEDY, CacheError
 from ..schemas.tables import TRAJECTORY_TOKENS_SCHEMA, with_format
@@ -72,7 +72,7 @@ def write_trajectory_file(
         for stop in _group_ends(ends_N, width):
             writer.write_table(table.slice(start, stop - start), row_group_size=stop - start)
             first = ends_N[start - 1] if start else 0
-            checksums.append(zlib.crc32(values[first : ends_N[stop - 1]].data))
+            checksums.append(isal_zlib.crc32(values[first : ends_N[stop - 1]].data))
             start = stop
         writer.add_key_value_metadata(
             {PROFILE: "direct", LAYOUT: layout.to_json(), CHECKSUMS: json.dumps({LOW: checksums})}  # pyright: ignore
@@ -224,7 +224,7 @@ class TrajectoryFile:
         else:
             _, ends_N = self._rows[group]
             values = np.frombuffer(self._buffer, np.uint8, int(ends_N[-1]) * width, offset).reshape(-1, width)
-        if verify and self._checksums and zlib.crc32(values.data) != self._checksums[group]:
+        if verify and self._checksums and isal_zlib.crc32(values.data) != self._checksums[group]:
             raise CacheError(
                 f"{self._name}: row group {group} of column {LOW} is damaged (its CRC-32 does not match):"
                 f" {REPAIR_REMEDY}"
