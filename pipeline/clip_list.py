@@ -138,9 +138,16 @@ class ClipList:
         """The columns that were asked for."""
         return json.loads(self._table.schema.metadata[b"tokenmill.columns"])
 
-    def id(self, clip: int) -> str:
-        """The id of one clip."""
-        return self._ids[clip].tobytes().hex()
+    @cached_property
+    def _of_one(self) -> tuple[memoryview, memoryview]:
+        """The bytes of ids, and numbers of real frames: of single clips in a quarter of numpy's time."""
+        return self._ids.view(np.uint8).data, self.num_valid.data
+
+    def head(self, clip: int) -> dict[str, Any]:
+        """What a sample has of one clip besides tokens and columns: ``clip_id`` and ``num_valid``."""
+        ids, num_valid = self._of_one
+        begin = clip * ID_BYTES
+        return {"clip_id": ids[begin : begin + ID_BYTES].hex(), "num_valid": num_valid[clip]}
 
     def small(self, clips_N: np.ndarray, columns: Sequence[str]) -> dict[str, Any]:
         """What a batch has of clips besides tokens: ``clip_id``, ``num_valid`` and `columns`."""

@@ -47,8 +47,9 @@ class TokenDataset(Dataset[dict[str, Any]]):
         number, clips = index + self._num_clips if index < 0 else index, self._reader.clips
         if not 0 <= number < self._num_clips:
             raise IndexError(f"there are {self._num_clips} clips, asked for number {index}")
-        sample = self._reader.read_one(number)
-        sample["clip_id"], sample["num_valid"] = clips.id(number), int(clips.num_valid[number])
+        sample = clips.head(number)
+        for name, read in self._reader.readers_of_one:
+            sample[name] = read(number)
         for name in self._columns:
             sample[name] = clips.column(name, np.array([number]))[0]
         return sample

@@ -57,6 +57,7 @@ class Held:
     fingerprints: dict[str, str]
 
 
+LATE_ROWS = 10_000  # a query for the first so many rows finds them before it reads their other columns; DuckDB has 50
 NOTHING = Held(plans=(), stamps={}, fingerprints={})
 
 
@@ -66,6 +67,7 @@ def connect(folder: Folder, database: str = ":memory:") -> duckdb.DuckDBPyConnec
         "autoinstall_known_extensions": "false",
         "autoload_known_extensions": "false",
         "python_enable_replacements": "false",
+        "late_materialization_max_rows": LATE_ROWS,
     }
     connection = duckdb.connect(database, config=config)
     if not folder.is_local:

@@ -65,7 +65,7 @@ class MappedTokens:
         groups, shape = self._groups, (len(self._columns), len(self._values_G))
         self._folder, self._pid, self._lock = folder, os.getpid(), threading.Lock()
         self._ready, self._checked, self._is_alone = (np.zeros(shape, bool) for _ in range(3))
-        self._damaged_G = np.zeros(shape[1], bool)
+        self._is_ready_G, self._damaged_G = np.zeros(shape[1], bool), np.zeros(shape[1], bool)
         self._is_all_ready = self._was_in_memory = False
         self._mapped: dict[int, int] = {}  # the size of what is mapped, by place
         self._mapped_alone_bytes = 0
@@ -107,7 +107,7 @@ class MappedTokens:
         """
         with self._own_lock():
             groups_N = np.searchsorted(self._groups.value_ends_G, firsts_N, side="right")
-            if not (self._is_all_ready or self._ready[:, groups_N].all()):
+            if not (self._is_all_ready or self._is_ready_G[groups_N].all()):
                 self._prepare(np.unique(groups_N), skip_damaged=skip_damaged)
             columns = {
                 column: MappedColumn(self._range, width, places_V)
@@ -128,22 +128,28 @@ class MappedTokens:
         """
         with self._own_lock():
             groups_N = np.searchsorted(self._groups.value_ends_G, firsts_N, side="right")
-            if self._is_all_ready or self._ready[:, groups_N].all():
+            if self._is_all_ready or self._is_ready_G[groups_N].all():
                 return self._gathered(groups_N, firsts_N, counts_N), np.zeros(len(firsts_N), bool)
             return self._read_new(groups_N, firsts_N, counts_N, skip_damaged=skip_damaged)
 
-    def array_at(self, first: int, value_type: np.dtype) -> np.ndarray | None:
-        """A copy of value `first` of the first column; None where it has to be mapped before (`read_one` does)."""
-        group = bisect.bisect_right(self._ends, first)
-        if not (self._is_all_ready or self._ready[:, group].all()) or not self.is_steady:
-            return None
-        place = self._origins_of[0][group] + first * self._widths[0][1]
-        return np.ndarray((), value_type, self._range.buffer, place).copy()
+    def reader_of_one(self, dtype: np.dtype, shape: tuple[int, ...]) -> Callable[[int], np.ndarray | None]:
+        """A function from the number of a value to a copy of it, from the first column of a product that `is_steady`.
+
+        It gives None where the value has to be mapped first, by `read_one`.
+        """
+        ends, origins, buffer, width = self._ends, self._origins_of[0], self._range.buffer, self._widths[0][1]
+        is_ready = self._is_ready_G.data
+
+        def value_at(first: int) -> np.ndarray | None:
+            group = bisect.bisect_right(ends, first)
+            return np.ndarray(shape, dtype, buffer, origins[group] + first * width).copy() if is_ready[group] else None
+
+        return value_at
 
     def read_one(self, first: int, count: int = 1) -> dict[str, np.ndarray]:
         """As `read`, of one clip: the bytes (count, width) of each column; the way to few clips."""
         group = bisect.bisect_right(self._ends, first)
-        if not (self._is_all_ready or self._ready[:, group].all()) or not self.is_steady:
+        if not self._is_ready_G[group] or not self.is_steady:
             return self.read(np.array([first]), np.array([count]))[0]
         found = {}
         for i, (column, width) in enumerate(self._widths):
@@ -223,7 +229,8 @@ class MappedTokens:
             part = part[~self._damaged_G[part]]
             new = [(i, g) for i in range(len(self._columns)) for g in part[~self._ready[i, part]].tolist()]
             self._note(pool.map(self._prepare_group, new), skip_damaged=skip_damaged)
-        self._is_all_ready = bool(self._ready.all())
+        self._ready.all(axis=0, out=self._is_ready_G)
+        self._is_all_ready = bool(self._is_ready_G.all())
 
     def _note(self, problems: Iterable[tuple[np.ndarray, str] | None], *, skip_damaged: bool) -> None:
         for groups, problem in filter(None, problems):
@@ -366,7 +373,7 @@ class MappedTokens:
             self._range.unmap(place, size)
         self._mapped.clear()
         self._mapped_alone_bytes = 0
-        self._ready[:] = self._is_all_ready = False
+        self._ready[:] = self._is_ready_G[:] = self._is_all_ready = False
 
 
 def _reopened(url: str, *arguments: Any, verify: bool) -> MappedTokens:
