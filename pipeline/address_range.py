@@ -56,10 +56,6 @@ class AddressRange:
         """Give back what was mapped at `place`."""
         _mapped(self._base + place, pages(size), _NONE, _UNBACKED | _FIXED, -1)
 
-    def copy(self, place: int, out: np.ndarray) -> None:
-        """Copy as many bytes as `out` (uint8) has from one place on."""
-        np.copyto(out, self.bytes[place : place + out.size])
-
     def rows(self, width: int) -> np.ndarray:
         """Values of `width` bytes, as voids, one from every place on: ``rows(width)[places_N]`` copies some."""
         if width not in self._rows_of:
