@@ -25,7 +25,7 @@ from .stored_product import StoredProduct
 from .token_file import LOW, TokenLayout, from_planes
 
 MOST_MASK_FILES = 16
-GATHERED_BYTES = 512 << 10
+GATHERED_BYTES = 512 << 10  # at once, of small batches: what a gather costs besides copying is shared by them
 _CODES = np.dtype("<u2")
 _STORED = {"uint16": _CODES, "float16": np.dtype("<f2"), "float32": np.dtype("<f4"), "bfloat16": np.dtype("<i2")}
 MASK_BYTES = 1 << 20  # of the masks of a clip, about
